@@ -1,0 +1,1 @@
+//! Model specs, data, training and evaluation on candle.

@@ -1,0 +1,1 @@
+//! QUIC endpoints, TLS and frames: bytes, not their meaning.

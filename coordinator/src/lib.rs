@@ -1,0 +1,1 @@
+//! The shell around the federation machine: event loop, store, telemetry, HTTP, command line.

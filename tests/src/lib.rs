@@ -1,0 +1,1 @@
+//! Fleets over loopback, security, deploy files, documents.

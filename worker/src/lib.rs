@@ -1,0 +1,1 @@
+//! The shell around the member machine: connection loop, training thread, command line.
