@@ -10,6 +10,7 @@
 pub mod draw;
 pub mod evaluation;
 pub mod ids;
+pub mod invitation;
 pub mod layout;
 pub mod limits;
 pub mod messages;
