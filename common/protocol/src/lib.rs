@@ -9,6 +9,7 @@
 
 pub mod draw;
 pub mod evaluation;
+pub mod federation;
 pub mod ids;
 pub mod invitation;
 pub mod layout;

@@ -1,0 +1,356 @@
+//! From an offer to a held update: what is checked before a byte of payload is read, permits, and the answers.
+//!
+//! Late, stale, duplicate and refused are answers. Redelivery is idempotent: the first payload held for a task
+//! wins, the same hash again gets the same answer, and a committed task gets its receipt again.
+
+use crate::ids::{ConnId, Hash, RunId, TaskId, WorkerId, WorkerName};
+use crate::limits::{PAYLOAD_AT_ONCE_BYTES_MAX, ROWS_BYTES_MAX, SURVEY_BYTES_MAX};
+use crate::messages::{Encoding, Failure, Manifest, Receipt, Refusal, TaskKind, ToWorker};
+use crate::plan::{Durability, Mode};
+
+use super::state::{Task, TaskState, Work};
+use super::{Act, Event, Federation, Gate, HeldUpdate, Notice, Output, Withdrawal};
+
+/// An accepted offer whose payload is not held yet.
+#[derive(Clone, Debug)]
+pub(super) struct Receiving {
+    conn: ConnId,
+    kind: TaskKind,
+    update: Box<HeldUpdate>,
+    /// Its place in the line for permits.
+    turn: Turn,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// Small: needs none.
+    AtOnce,
+    /// Has one.
+    Granted,
+    /// Waits for one.
+    Queued,
+}
+
+/// What an offer gets, decided before anything changes.
+enum Answer {
+    Take,
+    /// Said twice: the payload is on its way, or its turn will come.
+    Nothing,
+    Again(ToWorker),
+    Receipt(Box<Receipt>),
+    Late,
+    Refuse(Refusal),
+}
+
+impl Federation {
+    pub(super) fn offered(&mut self, conn: ConnId, manifest: &Manifest, authentic: bool) {
+        let now = self.volatile.now;
+        let Some(session) = self.volatile.sessions.get_mut(&conn) else { return };
+        session.heard = now;
+        let (worker, name, weight_max) = (session.worker, session.name.clone(), session.weight_max);
+        let task = manifest.task;
+        match self.answer(conn, worker, weight_max, manifest, authentic) {
+            Answer::Take => self.take(conn, manifest),
+            Answer::Nothing => self.notice(Notice::Duplicate { name, task }),
+            Answer::Again(message) => {
+                self.notice(Notice::Duplicate { name, task });
+                self.send(conn, message);
+            }
+            Answer::Receipt(receipt) => {
+                self.notice(Notice::Duplicate { name, task });
+                self.act_on_commit(Act::Receipt { conn, receipt: *receipt });
+            }
+            Answer::Late => {
+                self.notice(Notice::Late { name, task });
+                self.send(conn, ToWorker::Late { task });
+            }
+            Answer::Refuse(refusal) => self.refuse(conn, &name, worker, task, refusal),
+        }
+    }
+
+    fn answer(&self, conn: ConnId, worker: WorkerId, weight_max: u32, manifest: &Manifest, authentic: bool) -> Answer {
+        if manifest.worker != worker {
+            return Answer::Refuse(Refusal::WrongWorker);
+        }
+        if !authentic {
+            return Answer::Refuse(Refusal::WrongSignature);
+        }
+        if manifest.run != self.durable.run {
+            return Answer::Refuse(Refusal::WrongRun);
+        }
+        if let Some((round, entry)) = self.durable.committed.get(&manifest.task) {
+            return self.answer_committed(worker, manifest, *round, entry.worker, entry.hash);
+        }
+        let Some((work, task)) = self.find(manifest.task) else { return Answer::Late };
+        if task.worker != worker {
+            return Answer::Refuse(Refusal::WrongWorker);
+        }
+        match &task.state {
+            TaskState::Withdrawn(_) => Answer::Late,
+            TaskState::Held(update) if update.hash == manifest.hash => {
+                Answer::Again(ToWorker::Held { task: manifest.task, hash: manifest.hash })
+            }
+            TaskState::Held(update) => Answer::Again(ToWorker::AlreadyHeld { task: manifest.task, hash: update.hash }),
+            TaskState::Open => self.answer_open(conn, work, weight_max, manifest),
+        }
+    }
+
+    fn answer_committed(
+        &self,
+        worker: WorkerId,
+        manifest: &Manifest,
+        round: u32,
+        owner: WorkerId,
+        hash: Hash,
+    ) -> Answer {
+        let task = manifest.task;
+        if owner != worker {
+            return Answer::Refuse(Refusal::WrongWorker);
+        }
+        if hash != manifest.hash {
+            return Answer::Again(ToWorker::AlreadyHeld { task, hash });
+        }
+        let index = usize::try_from(round).unwrap_or(usize::MAX).wrapping_sub(1);
+        let Some(committed) = self.durable.rounds.get(index) else { return Answer::Late };
+        let run = self.durable.run;
+        Answer::Receipt(Box::new(Receipt { run, worker, task, hash, round, model_hash: committed.model }))
+    }
+
+    fn answer_open(&self, conn: ConnId, work: &Work, weight_max: u32, manifest: &Manifest) -> Answer {
+        if let Err(refusal) = self.check_manifest(work, weight_max, manifest) {
+            return Answer::Refuse(refusal);
+        }
+        let coming = self.volatile.receiving.get(&manifest.task);
+        let twice = coming.is_some_and(|coming| coming.conn == conn && coming.update.hash == manifest.hash);
+        if twice { Answer::Nothing } else { Answer::Take }
+    }
+
+    /// Everything that can be said against an offer without its payload.
+    fn check_manifest(&self, work: &Work, weight_max: u32, manifest: &Manifest) -> Result<(), Refusal> {
+        let frozen = self.durable.frozen.as_ref();
+        let model_bytes = frozen.map_or(0, |frozen| frozen.parameters * 4);
+        let (fits, expected) = match work.kind {
+            TaskKind::Update | TaskKind::Gradient | TaskKind::Partial => (manifest.bytes == model_bytes, model_bytes),
+            TaskKind::Survey => (manifest.bytes <= SURVEY_BYTES_MAX, SURVEY_BYTES_MAX),
+            TaskKind::Rows => (manifest.bytes <= ROWS_BYTES_MAX, ROWS_BYTES_MAX),
+            TaskKind::Evaluation => (manifest.bytes == 0, 0),
+        };
+        let folds = folds(work.kind);
+        let layout = if folds { frozen.map(|frozen| frozen.layout) } else { Some(manifest.layout) };
+        let loss_fits = manifest.metrics.train_loss.is_none_or(f64::is_finite) && manifest.metrics.seconds.is_finite();
+        let evaluation_fits = manifest.metrics.evaluation.as_ref().is_none_or(|e| e.check().is_ok());
+        let refuse = |holds: bool, refusal: Refusal| if holds { Ok(()) } else { Err(refusal) };
+        refuse(manifest.kind == work.kind, Refusal::WrongKind)?;
+        refuse(manifest.base == work.base, Refusal::WrongBase)?;
+        refuse(layout == Some(manifest.layout), Refusal::WrongLayout)?;
+        refuse(manifest.encoding == Encoding::F32 && manifest.groups == 1, Refusal::WrongEncoding)?;
+        refuse(fits, Refusal::WrongLength { got: manifest.bytes, expected })?;
+        let weight = Refusal::WrongWeight { got: manifest.weight, max: weight_max };
+        refuse(!folds || (1..=weight_max).contains(&manifest.weight), weight)?;
+        refuse(loss_fits && evaluation_fits, Refusal::WrongMetrics)
+    }
+
+    fn find(&self, task: TaskId) -> Option<(&Work, &Task)> {
+        let work = self.durable.phase.work()?;
+        Some((work, work.tasks.get(&task)?))
+    }
+
+    /// Accepts an offer: its payload may come.
+    fn take(&mut self, conn: ConnId, manifest: &Manifest) {
+        let task = manifest.task;
+        let update = Box::new(HeldUpdate {
+            hash: manifest.hash,
+            bytes: manifest.bytes,
+            examples: manifest.examples,
+            weight: manifest.weight,
+            norm: 0.0,
+            metrics: manifest.metrics.clone(),
+        });
+        self.stop_receiving(task);
+        if manifest.bytes == 0 {
+            self.hold(conn, task, manifest.kind, update);
+            return;
+        }
+        let turn = if manifest.bytes <= PAYLOAD_AT_ONCE_BYTES_MAX { Turn::AtOnce } else { Turn::Queued };
+        self.volatile.receiving.insert(task, Receiving { conn, kind: manifest.kind, update, turn });
+        if turn == Turn::AtOnce {
+            self.receive(task);
+        } else {
+            self.volatile.queue.push_back(task);
+            self.grant();
+        }
+    }
+
+    /// Gives free permits to those who wait longest.
+    fn grant(&mut self) {
+        while self.permits_free() > 0 {
+            let Some(task) = self.volatile.queue.pop_front() else { return };
+            let Some(receiving) = self.volatile.receiving.get_mut(&task) else { continue };
+            receiving.turn = Turn::Granted;
+            let (conn, hash) = (receiving.conn, receiving.update.hash);
+            self.volatile.permits_used += 1;
+            self.receive(task);
+            self.send(conn, ToWorker::Go { task, hash, from: 0 });
+        }
+    }
+
+    fn receive(&mut self, task: TaskId) {
+        if let Some(receiving) = self.volatile.receiving.get(&task) {
+            let (conn, kind) = (receiving.conn, receiving.kind);
+            let (hash, bytes) = (receiving.update.hash, receiving.update.bytes);
+            self.act(Act::Receive { conn, task, kind, hash, bytes });
+        }
+    }
+
+    pub(super) fn verified(&mut self, task: TaskId, hash: Hash, norm: f64) {
+        let Some(mut receiving) = self.received(task, hash) else {
+            self.act(Act::Forget { task });
+            return;
+        };
+        if !self.task_is_open(task) {
+            self.act(Act::Forget { task });
+            return;
+        }
+        receiving.update.norm = norm;
+        self.hold(receiving.conn, task, receiving.kind, receiving.update);
+    }
+
+    fn hold(&mut self, conn: ConnId, task: TaskId, kind: TaskKind, update: Box<HeldUpdate>) {
+        let (hash, weight) = (update.hash, update.weight);
+        let number = self.emit(Event::Held { task, update });
+        let after = match self.plan.rounds.durability {
+            Durability::Round => Gate::Appended(number),
+            Durability::Update => Gate::Synced(number),
+        };
+        let act = Act::Send { conn, message: ToWorker::Held { task, hash } };
+        self.volatile.outputs.push_back(Output::Act { after, act });
+        if folds(kind) {
+            self.act(Act::Fold { task, weight });
+        }
+    }
+
+    pub(super) fn spoiled(&mut self, task: TaskId, hash: Hash, refusal: Refusal) {
+        let Some(receiving) = self.received(task, hash) else { return };
+        self.act(Act::Forget { task });
+        let Some(session) = self.volatile.sessions.get(&receiving.conn) else { return };
+        let (worker, name) = (session.worker, session.name.clone());
+        self.refuse(receiving.conn, &name, worker, task, refusal);
+    }
+
+    /// The stream ended early: the task stays open, and its worker offers again when it is back.
+    pub(super) fn cut(&mut self, task: TaskId, hash: Hash) {
+        if self.received(task, hash).is_some() {
+            self.act(Act::Forget { task });
+        }
+    }
+
+    fn refuse(&mut self, conn: ConnId, name: &WorkerName, worker: WorkerId, task: TaskId, refusal: Refusal) {
+        self.notice(Notice::Refused { name: name.clone(), task, refusal });
+        let own = self.find(task).is_some_and(|(_, t)| t.worker == worker && t.state == TaskState::Open);
+        if own {
+            self.stop_receiving(task);
+            self.emit(Event::Withdrawn { task, why: Withdrawal::Refused(refusal) });
+        }
+        self.send(conn, ToWorker::Refused { task, refusal });
+    }
+
+    pub(super) fn failed(&mut self, conn: ConnId, task: TaskId, failure: Failure) {
+        let Some(session) = self.volatile.sessions.get(&conn) else { return };
+        let worker = session.worker;
+        let own = self.find(task).is_some_and(|(_, t)| t.worker == worker && t.state == TaskState::Open);
+        if own {
+            self.stop_receiving(task);
+            self.emit(Event::Withdrawn { task, why: Withdrawal::Failed(failure) });
+        }
+    }
+
+    /// Withdraws the open task of a connection's worker.
+    pub(super) fn withdraw_of(&mut self, conn: ConnId, why: Withdrawal) {
+        let Some(worker) = self.volatile.sessions.get(&conn).map(|session| session.worker) else { return };
+        let open: Vec<TaskId> =
+            self.open_tasks().filter(|(_, task)| task.worker == worker).map(|(task, _)| task).collect();
+        for task in open {
+            self.withdraw(task, why);
+        }
+    }
+
+    pub(super) fn withdraw(&mut self, task: TaskId, why: Withdrawal) {
+        if self.stop_receiving(task) {
+            self.act(Act::Forget { task });
+        }
+        self.emit(Event::Withdrawn { task, why });
+    }
+
+    /// Takes an offer whose payload has come to its end out of the table; nothing if another replaced it.
+    fn received(&mut self, task: TaskId, hash: Hash) -> Option<Receiving> {
+        if self.volatile.receiving.get(&task)?.update.hash != hash {
+            return None;
+        }
+        let receiving = self.volatile.receiving.remove(&task)?;
+        self.release(receiving.turn);
+        Some(receiving)
+    }
+
+    fn release(&mut self, turn: Turn) {
+        if turn == Turn::Granted {
+            self.volatile.permits_used -= 1;
+            self.grant();
+        }
+    }
+
+    /// Whether something was being received.
+    pub(super) fn stop_receiving(&mut self, task: TaskId) -> bool {
+        let Some(receiving) = self.volatile.receiving.remove(&task) else { return false };
+        self.volatile.queue.retain(|queued| *queued != task);
+        self.release(receiving.turn);
+        true
+    }
+
+    pub(super) fn stop_receiving_from(&mut self, conn: ConnId) {
+        let receiving = self.volatile.receiving.iter();
+        let tasks: Vec<TaskId> = receiving.filter(|(_, r)| r.conn == conn).map(|(task, _)| *task).collect();
+        for task in tasks {
+            self.stop_receiving(task);
+            self.act(Act::Forget { task });
+        }
+    }
+
+    /// A returning worker gets its open task again, or a new one with the same base.
+    pub(super) fn give_again(&mut self, conn: ConnId, worker: WorkerId) {
+        let Some(work) = self.durable.phase.work() else { return };
+        if matches!(self.durable.phase, super::Phase::Committing(_)) || self.volatile.merging || self.volatile.stopping
+        {
+            return;
+        }
+        let Some((task, last)) = work.latest_of(worker) else { return };
+        let (round, kind, base) = (work.round, work.kind, work.base);
+        match last.state {
+            TaskState::Open => self.announce(conn, task),
+            TaskState::Withdrawn(Withdrawal::Left | Withdrawal::Refused(_)) => {
+                let name = last.name.clone();
+                let task = self.assign(round, kind, base, worker, name);
+                self.announce(conn, task);
+            }
+            TaskState::Held(_) | TaskState::Withdrawn(_) => {}
+        }
+    }
+
+    /// The run as the tests' and the shell's manifests name it.
+    #[must_use]
+    pub fn run(&self) -> RunId {
+        self.durable.run
+    }
+
+    /// Whether workers of this run send what the coordinator folds.
+    pub(super) fn work_kind(&self) -> TaskKind {
+        match self.plan.learning.train.mode {
+            Mode::Federated => TaskKind::Update,
+            Mode::Gradient => TaskKind::Gradient,
+            Mode::Central => TaskKind::Evaluation,
+        }
+    }
+}
+
+pub(super) fn folds(kind: TaskKind) -> bool {
+    matches!(kind, TaskKind::Update | TaskKind::Gradient)
+}
