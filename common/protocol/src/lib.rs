@@ -16,4 +16,5 @@ pub mod layout;
 pub mod limits;
 pub mod messages;
 pub mod plan;
+pub mod session;
 pub mod sum;
