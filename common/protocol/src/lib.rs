@@ -14,6 +14,7 @@ pub mod ids;
 pub mod invitation;
 pub mod layout;
 pub mod limits;
+pub mod member;
 pub mod messages;
 pub mod plan;
 pub mod session;

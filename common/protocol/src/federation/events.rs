@@ -9,7 +9,7 @@ use crate::evaluation::EvaluationSummary;
 use crate::ids::{ConnId, Hash, Instance, RunId, TaskId, Time, WorkerId, WorkerName};
 use crate::messages::{Failure, FromWorker, Manifest, Metrics, Receipt, Refusal, TaskKind, ToWorker};
 
-/// The number of an [`Output::Append`], counted from 1 since [`super::Federation::new`].
+/// The number of an [`Output::Append`], counted from 1 since the machine was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct EventNo(pub u64);
 
@@ -22,19 +22,19 @@ pub enum Gate {
     Synced(EventNo),
 }
 
-/// What [`super::Federation::poll`] gives.
+/// What the `poll` of either machine gives.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Output {
+pub enum Output<E = Event, A = Act> {
     /// Hand this to the store (a fact) and to telemetry (a fact or a notice).
-    Append(Event),
+    Append(E),
     /// Do this, once the gate is open.
     Act {
         /// What it rests on.
         after: Gate,
         /// What to do.
-        act: Act,
+        act: A,
     },
-    /// Nothing more now. Sleep until an input comes, or until this time, and then hand in [`Input::Tick`].
+    /// Nothing more now. Sleep until an input comes, or until this time, and then hand in a tick.
     Wait(Option<Time>),
 }
 

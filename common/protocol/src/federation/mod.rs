@@ -383,7 +383,8 @@ impl Federation {
         let gone: Vec<(ConnId, Gone)> = sessions
             .filter_map(|(conn, session)| {
                 let silent = now.since(session.heard) >= SILENCE_MAX;
-                let stuck = now.since(session.stepped) >= NO_STEP_MAX;
+                let uploading = self.volatile.receiving.values().any(|r| r.is_from(*conn));
+                let stuck = now.since(session.stepped) >= NO_STEP_MAX && !uploading;
                 let why = if silent { Gone::Silent } else { Gone::Stuck };
                 (silent || stuck).then_some((*conn, why))
             })

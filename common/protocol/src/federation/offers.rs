@@ -21,6 +21,12 @@ pub(super) struct Receiving {
     turn: Turn,
 }
 
+impl Receiving {
+    pub(super) fn is_from(&self, conn: ConnId) -> bool {
+        self.conn == conn
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
     /// Small: needs none.
@@ -308,7 +314,7 @@ impl Federation {
 
     pub(super) fn stop_receiving_from(&mut self, conn: ConnId) {
         let receiving = self.volatile.receiving.iter();
-        let tasks: Vec<TaskId> = receiving.filter(|(_, r)| r.conn == conn).map(|(task, _)| *task).collect();
+        let tasks: Vec<TaskId> = receiving.filter(|(_, r)| r.is_from(conn)).map(|(task, _)| *task).collect();
         for task in tasks {
             self.stop_receiving(task);
             self.act(Act::Forget { task });
