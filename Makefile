@@ -1,0 +1,47 @@
+# Every target honours CARGO_TARGET_DIR. `make help` lists them.
+
+CARGO ?= cargo
+TARGET = $(or $(CARGO_TARGET_DIR),target)
+
+# candle is slower on two threads than on one for small models, and results must not depend on the core count.
+export RAYON_NUM_THREADS = 1
+export CANDLE_NUM_THREADS = 1
+
+.NOTPARALLEL:
+.PHONY: help build test demo fmt fmt-check lint doc fences binaries clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+build: ## the released binaries: coordinator and worker
+	$(CARGO) build --release --locked -p tributary-coordinator -p tributary-worker
+	@ls -l $(TARGET)/release/coordinator $(TARGET)/release/worker
+
+test: fmt-check lint doc fences binaries ## everything that CI runs
+	@tests/run.sh
+
+demo: ## train on three airports' flights and compare with pooled and local training
+	$(CARGO) build --release --locked -p tributary-coordinator -p tributary-worker -p tributary-tests --bins
+	@$(TARGET)/release/demo deploy/demo
+
+fmt: ## format the code
+	$(CARGO) fmt --all
+
+fmt-check: ## is the code formatted?
+	$(CARGO) fmt --all --check
+
+lint: ## clippy, where every warning is an error
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+doc: ## the documentation, where every warning is an error
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps
+
+fences: ## what each crate may depend on, and what protocol may call
+	@tests/fences.sh
+
+# The tests find the binaries beside their own executable.
+binaries: ## the binaries as the tests run them
+	$(CARGO) build --locked --workspace --bins
+
+clean: ## remove what was built
+	$(CARGO) clean
