@@ -18,4 +18,5 @@ pub mod member;
 pub mod messages;
 pub mod plan;
 pub mod session;
+pub mod strategy;
 pub mod sum;
