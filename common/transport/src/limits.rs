@@ -1,0 +1,110 @@
+//! Every bound that a peer can push against, and why it has the value that it has.
+//!
+//! quinn's own defaults suit a client on the open internet: 250 MB could be held for one hostile peer,
+//! 65,536 connection attempts could wait, and nothing counts connections. So all of them are set here.
+
+use std::time::Duration;
+
+/// Connections that a server holds by default, those still in the handshake or draining included. An
+/// idle one costs 34 kB.
+pub const CONNECTIONS_MAX: usize = 1_024;
+
+/// TLS handshakes that a server has in flight by default. A core does about 2,000 a second.
+pub const HANDSHAKES_MAX: usize = 64;
+
+/// When this share of the handshakes is in flight, a newcomer must first prove that it receives at its
+/// address (one more round trip), so that forged addresses cannot fill the table: one in so many.
+pub const HANDSHAKES_UNVALIDATED_SHARE: usize = 2;
+
+/// How long a handshake may take. Without it, only the idle timeout would end one.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connection attempts that wait for [`Server::accept`](crate::Server::accept) at once.
+pub const INCOMING_MAX: usize = 256;
+
+/// Bytes that are kept for one such attempt beyond its first packet: a ClientHello with a
+/// post-quantum share and a certificate's flight fit well.
+pub const INCOMING_BUFFER_BYTES: u64 = 16 * 1024;
+
+/// The same for all attempts together.
+pub const INCOMING_BUFFER_BYTES_TOTAL: u64 = INCOMING_MAX as u64 * INCOMING_BUFFER_BYTES;
+
+/// Handshake bytes that may arrive out of order, in bytes.
+pub const CRYPTO_BUFFER_BYTES: usize = 16 * 1024;
+
+/// Streams that a worker may have open in both directions: its control stream.
+pub const BIDI_STREAMS_MAX: u32 = 1;
+
+/// Streams that a peer may have open in one direction: downloads or uploads.
+pub const UNI_STREAMS_MAX: u32 = 8;
+
+/// Received bytes that a stream may have unread: 100 ms of a 100 Mbit/s line, rounded down.
+pub const STREAM_RECEIVE_WINDOW_BYTES: u32 = 1 << 20;
+
+/// Received bytes that a connection may have unread, over all its streams. A hostile peer can make us
+/// hold this much.
+pub const RECEIVE_WINDOW_BYTES: u32 = 2 << 20;
+
+/// Sent bytes that a connection may have unacknowledged. Broadcast records are shared between
+/// connections, so this is not memory for each of them.
+pub const SEND_WINDOW_BYTES: u64 = 2 << 20;
+
+/// What the operating system is asked to buffer for a socket, in each direction. All connections of an
+/// endpoint share it; with the usual 208 KiB, bursts lose datagrams even on loopback.
+pub const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+
+/// A connection on which nothing arrives for so long is dead.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A client says something this often by default: below the idle timeout, and below the 30 s after which NATs
+/// forget a UDP flow. quinn fixes the interval when a connection begins.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(25);
+
+/// The shortest time between two stateless resets. A reset is always smaller than what provoked it, so
+/// it amplifies nothing; a restarted server owes one to each of its workers, soon.
+pub const RESET_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Addresses that are tried for one server: as many as an invitation holds.
+pub const ADDRESSES_MAX: usize = 4;
+
+/// The head start of each address over the next one (RFC 8305 section 5).
+pub const ADDRESS_STAGGER: Duration = Duration::from_millis(250);
+
+/// How long one address is tried.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Certificates in a chain: the server's own, and the CA's.
+pub const CHAIN_MAX: usize = 2;
+
+/// The longest reason that is sent with a close, and kept of a peer's.
+pub const REASON_BYTES_MAX: usize = 512;
+
+/// A frame's kind and length, in bytes.
+pub const FRAME_HEADER_BYTES: usize = 5;
+
+/// The longest body of a Hello frame, in bytes: a list of versions, a role, a mode.
+pub const HELLO_BYTES_MAX: usize = 1_024;
+
+/// The longest body of a Refused frame, in bytes: a list of versions and a sentence for a person.
+pub const REFUSED_BYTES_MAX: usize = 1_024;
+
+/// The longest body of a Handshake frame, in bytes: a Noise message with its payload. Enrolment, whose
+/// whole stream is bounded by as much, travels in one.
+pub const HANDSHAKE_BYTES_MAX: usize = 4_096;
+
+/// The body of a StreamOpen frame, in bytes: always a `u32`.
+pub const STREAM_OPEN_BYTES: usize = 4;
+
+/// The header of a sealed record, in bytes.
+pub const RECORD_HEADER_BYTES: usize = 16;
+
+/// The header of a broadcast record, in bytes; it names the content too.
+pub const BROADCAST_HEADER_BYTES: usize = 32;
+
+/// The longest sealed body of a record, in bytes: 64 KiB and the tag.
+pub const RECORD_BODY_BYTES_MAX: usize = 65_536 + 16;
+
+const _: () = assert!(KEEP_ALIVE.as_secs() < IDLE_TIMEOUT.as_secs());
+const _: () = assert!(HANDSHAKE_TIMEOUT.as_secs() < IDLE_TIMEOUT.as_secs());
+const _: () = assert!(STREAM_RECEIVE_WINDOW_BYTES <= RECEIVE_WINDOW_BYTES);
+const _: () = assert!(RECORD_BODY_BYTES_MAX < STREAM_RECEIVE_WINDOW_BYTES as usize);

@@ -1,0 +1,390 @@
+//! The listening side: one UDP port, two ALPNs, a bound on everything.
+//!
+//! [`Server::accept`] hands out handshakes as they begin, so that slow ones do not hold up others; each
+//! is completed in a task of its own. Attempts over a bound are refused here and never seen by callers.
+//! The keys of stateless resets are the caller's to keep: with them a restarted server's first answer
+//! ends the connections that its former self had, instead of leaving workers to their idle timeout.
+
+use std::fmt;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use quinn::crypto::rustls::QuicServerConfig;
+use quinn::crypto::{CryptoError, HmacKey};
+use quinn::{
+    Connecting, ConnectionError, EndpointConfig, Incoming, TokioRuntime, TransportConfig,
+    ValidationTokenConfig, VarInt,
+};
+use quinn_proto::HashedConnectionIdGenerator;
+use rustls::pki_types::CertificateDer;
+use sha2::Sha256;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use zeroize::{Zeroize, ZeroizeOnDrop};
+
+use crate::close::{CloseCode, Ended};
+use crate::connection::Connection;
+use crate::limits;
+use crate::socket::{MeteredSocket, Tap, Taps, Traffic, TrafficTotals};
+use crate::tls::{self, Alpn, SetupError, TlsIdentity};
+
+/// How to listen.
+#[derive(Debug)]
+pub struct ServerOptions {
+    /// The UDP address; port 0 takes any that is free.
+    pub listen: SocketAddr,
+    /// The CA whose workers are let in. It is also sent to clients, which may know only its hash.
+    pub ca: CertificateDer<'static>,
+    /// The server's own certificate and key.
+    pub identity: TlsIdentity,
+    /// What restarts must not change.
+    pub reset_keys: ResetKeys,
+    /// Refuse clients that do not offer the post-quantum group.
+    pub strict_pq: bool,
+    /// Connections at once, those still in the handshake or draining included.
+    pub connections_max: usize,
+    /// Handshakes at once.
+    pub handshakes_max: usize,
+    /// For tests.
+    pub taps: Taps,
+}
+
+impl ServerOptions {
+    /// Options with the bounds of [`limits`], no strictness and no taps.
+    pub fn new(
+        listen: SocketAddr,
+        ca: CertificateDer<'static>,
+        identity: TlsIdentity,
+        reset_keys: ResetKeys,
+    ) -> Self {
+        Self {
+            listen,
+            ca,
+            identity,
+            reset_keys,
+            strict_pq: false,
+            connections_max: limits::CONNECTIONS_MAX,
+            handshakes_max: limits::HANDSHAKES_MAX,
+            taps: Taps::default(),
+        }
+    }
+}
+
+/// What a restarted server needs to end its former self's connections: the key of the reset tokens, and
+/// the one by which it knows its connection ids.
+#[derive(Clone, Zeroize, ZeroizeOnDrop)]
+pub struct ResetKeys {
+    token_key: [u8; 32],
+    connection_id_key: u64,
+}
+
+impl ResetKeys {
+    /// The length of what [`ResetKeys::from_bytes`] takes.
+    pub const BYTES: usize = 40;
+
+    /// Keys from random bytes that the caller keeps as a secret.
+    pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> Self {
+        let (token_key, connection_id_key) = bytes.split_first_chunk().unwrap_or((&[0; 32], &[]));
+        let connection_id_key = connection_id_key.first_chunk().copied().unwrap_or_default();
+        Self {
+            token_key: *token_key,
+            connection_id_key: u64::from_le_bytes(connection_id_key),
+        }
+    }
+}
+
+impl fmt::Debug for ResetKeys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ResetKeys([redacted])")
+    }
+}
+
+/// A listening endpoint.
+#[derive(Debug)]
+pub struct Server {
+    endpoint: quinn::Endpoint,
+    ca: CertificateDer<'static>,
+    strict_pq: bool,
+    connections_max: usize,
+    handshakes_max: usize,
+    handshakes: Arc<Semaphore>,
+    retried: AtomicU64,
+    traffic: Traffic,
+    stream_tap: Option<Tap>,
+}
+
+impl Server {
+    /// Binds the socket and begins to listen. Must be called within a tokio runtime.
+    pub fn bind(options: ServerOptions) -> Result<Self, SetupError> {
+        let crypto = tls::server_config(&options.ca, &options.identity, options.strict_pq)?;
+        let address = options.listen;
+        let bind = |source| SetupError::Bind { address, source };
+        let socket = UdpSocket::bind(address).map_err(bind)?;
+        let traffic = Traffic::default();
+        let socket =
+            MeteredSocket::new(socket, traffic.clone(), options.taps.datagrams).map_err(bind)?;
+        let endpoint = quinn::Endpoint::new_with_abstract_socket(
+            endpoint_config(&options.reset_keys),
+            Some(quic_config(crypto)),
+            Arc::new(socket),
+            Arc::new(TokioRuntime),
+        )
+        .map_err(bind)?;
+        Ok(Self {
+            endpoint,
+            ca: options.ca,
+            strict_pq: options.strict_pq,
+            connections_max: options.connections_max,
+            handshakes_max: options.handshakes_max,
+            handshakes: Arc::new(Semaphore::new(options.handshakes_max)),
+            retried: AtomicU64::new(0),
+            traffic,
+            stream_tap: options.taps.streams,
+        })
+    }
+
+    /// The next handshake that begins; `None` once the server was closed. Cancel-safe.
+    pub async fn accept(&self) -> Option<Handshake> {
+        loop {
+            let incoming = self.endpoint.accept().await?;
+            if let Some(handshake) = self.admit(incoming) {
+                return Some(handshake);
+            }
+        }
+    }
+
+    /// The address that it listens on.
+    pub fn local_address(&self) -> Result<SocketAddr, std::io::Error> {
+        self.endpoint.local_addr()
+    }
+
+    /// Presents another certificate from now on: renewal. Connections that stand are left alone.
+    pub fn set_identity(&self, identity: &TlsIdentity) -> Result<(), SetupError> {
+        let crypto = tls::server_config(&self.ca, identity, self.strict_pq)?;
+        self.endpoint.set_server_config(Some(quic_config(crypto)));
+        Ok(())
+    }
+
+    /// Closes every connection and accepts no more.
+    pub fn close(&self, code: CloseCode, reason: &str) {
+        self.endpoint.close(code.varint(), reason.as_bytes());
+    }
+
+    /// Waits until the peers of all closed connections have been told.
+    pub async fn wait_idle(&self) {
+        self.endpoint.wait_idle().await;
+    }
+
+    /// What passed the socket since it was bound.
+    pub fn traffic(&self) -> TrafficTotals {
+        self.traffic.totals()
+    }
+
+    /// How many connections there are, and what became of attempts.
+    pub fn counts(&self) -> ServerCounts {
+        let stats = self.endpoint.stats();
+        ServerCounts {
+            connections: self.endpoint.open_connections(),
+            handshakes: self.handshakes_in_flight(),
+            begun: stats.accepted_handshakes,
+            refused: stats.refused_handshakes,
+            retried: self.retried.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Lets a handshake begin if the bounds allow it.
+    fn admit(&self, incoming: Incoming) -> Option<Handshake> {
+        let share = self.handshakes_max / limits::HANDSHAKES_UNVALIDATED_SHARE;
+        if incoming.may_retry() && self.handshakes_in_flight() >= share {
+            self.retried.fetch_add(1, Ordering::Relaxed);
+            // It fails only for an address that is validated already, which may_retry excludes.
+            let _ = incoming.retry();
+            return None;
+        }
+        let permit = Arc::clone(&self.handshakes).try_acquire_owned().ok();
+        let full = self.endpoint.open_connections() >= self.connections_max;
+        let Some(permit) = permit.filter(|_| !full) else {
+            incoming.refuse();
+            return None;
+        };
+        Some(Handshake {
+            remote_address: incoming.remote_address(),
+            connecting: incoming.accept(),
+            tap: self.stream_tap.clone(),
+            _permit: permit,
+        })
+    }
+
+    fn handshakes_in_flight(&self) -> usize {
+        self.handshakes_max
+            .saturating_sub(self.handshakes.available_permits())
+    }
+}
+
+/// A server's counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ServerCounts {
+    /// Connections now, those in the handshake or draining included.
+    pub connections: usize,
+    /// Handshakes now.
+    pub handshakes: usize,
+    /// Handshakes that ever began.
+    pub begun: u64,
+    /// Attempts that were refused because a bound was reached.
+    pub refused: u64,
+    /// Attempts that had to prove their address first.
+    pub retried: u64,
+}
+
+/// A handshake that has begun. Dropped, it ends the connection.
+#[derive(Debug)]
+pub struct Handshake {
+    remote_address: SocketAddr,
+    connecting: Result<Connecting, ConnectionError>,
+    tap: Option<Tap>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Handshake {
+    /// Where the attempt comes from.
+    pub fn remote_address(&self) -> SocketAddr {
+        self.remote_address
+    }
+
+    /// Finishes the handshake, within [`limits::HANDSHAKE_TIMEOUT`]. Who comes on [`Alpn::Main`]
+    /// without a certificate is closed before any of its streams is accepted.
+    pub async fn complete(self) -> Result<Accepted, HandshakeError> {
+        let connecting = self.connecting.map_err(failed)?;
+        let connection = tokio::time::timeout(limits::HANDSHAKE_TIMEOUT, connecting)
+            .await
+            .map_err(|_| HandshakeError::TimedOut(limits::HANDSHAKE_TIMEOUT))?
+            .map_err(failed)?;
+        let connection = Connection::new(connection, self.tap);
+        let (Some(alpn), Some(exporter)) = (connection.alpn(), connection.exporter()) else {
+            connection.close(CloseCode::Internal, "TLS agreed on no protocol");
+            return Err(HandshakeError::NoProtocol);
+        };
+        let certificate = connection.peer_certificate();
+        if alpn == Alpn::Main && certificate.is_none() {
+            let reason = "a worker needs a certificate: join first, with an invitation";
+            connection.close(CloseCode::CertificateRequired, reason);
+            return Err(HandshakeError::CertificateRequired);
+        }
+        Ok(Accepted {
+            connection,
+            alpn,
+            certificate,
+            exporter,
+        })
+    }
+}
+
+/// A connection whose TLS handshake is complete.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The connection.
+    pub connection: Connection,
+    /// What the peer came for.
+    pub alpn: Alpn,
+    /// The peer's certificate, verified against our CA; always there on [`Alpn::Main`].
+    pub certificate: Option<CertificateDer<'static>>,
+    /// 32 bytes that only the two ends of this connection know.
+    pub exporter: [u8; 32],
+}
+
+/// Why a handshake led to no connection.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandshakeError {
+    /// It took too long.
+    #[error("handshake took longer than {0:?}")]
+    TimedOut(Duration),
+    /// A worker came without a certificate.
+    #[error("peer came without a certificate")]
+    CertificateRequired,
+    /// TLS completed without an ALPN, which rustls should not let happen.
+    #[error("peer agreed on no protocol")]
+    NoProtocol,
+    /// TLS or QUIC failed: another CA's certificate, an unknown ALPN, no common group.
+    #[error("handshake failed: {0}")]
+    Failed(Ended),
+}
+
+fn failed(error: ConnectionError) -> HandshakeError {
+    HandshakeError::Failed(error.into())
+}
+
+fn quic_config(crypto: QuicServerConfig) -> quinn::ServerConfig {
+    let mut tokens = ValidationTokenConfig::default();
+    tokens.sent(0);
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    config
+        .transport_config(Arc::new(transport_config(limits::BIDI_STREAMS_MAX)))
+        .validation_token_config(tokens)
+        .max_incoming(limits::INCOMING_MAX)
+        .incoming_buffer_size(limits::INCOMING_BUFFER_BYTES)
+        .incoming_buffer_size_total(limits::INCOMING_BUFFER_BYTES_TOTAL);
+    config
+}
+
+/// The bounds of a connection on either side; only the client keeps it alive, and only it opens the
+/// control stream.
+pub(crate) fn transport_config(bidi_streams_max: u32) -> TransportConfig {
+    let mut config = TransportConfig::default();
+    // The one conversion that can fail is of a time over 2^62 ms.
+    let idle = limits::IDLE_TIMEOUT.try_into().ok();
+    config
+        .max_concurrent_bidi_streams(VarInt::from_u32(bidi_streams_max))
+        .max_concurrent_uni_streams(VarInt::from_u32(limits::UNI_STREAMS_MAX))
+        .stream_receive_window(VarInt::from_u32(limits::STREAM_RECEIVE_WINDOW_BYTES))
+        .receive_window(VarInt::from_u32(limits::RECEIVE_WINDOW_BYTES))
+        .send_window(limits::SEND_WINDOW_BYTES)
+        .crypto_buffer_size(limits::CRYPTO_BUFFER_BYTES)
+        .max_idle_timeout(idle)
+        .keep_alive_interval(None)
+        .datagram_receive_buffer_size(None)
+        .datagram_send_buffer_size(0);
+    config
+}
+
+fn endpoint_config(keys: &ResetKeys) -> EndpointConfig {
+    let mut config = EndpointConfig::new(Arc::new(ResetTokenKey::new(&keys.token_key)));
+    let connection_id_key = keys.connection_id_key;
+    config
+        .cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(connection_id_key)))
+        .min_reset_interval(limits::RESET_INTERVAL);
+    config
+}
+
+/// HMAC-SHA256, as quinn derives reset tokens with it.
+struct ResetTokenKey(Hmac<Sha256>);
+
+impl ResetTokenKey {
+    fn new(key: &[u8; 32]) -> Self {
+        Self(Hmac::new_from_slice(key).expect("HMAC takes a key of any length"))
+    }
+
+    fn absorb(&self, data: &[u8]) -> Hmac<Sha256> {
+        let mut mac = self.0.clone();
+        mac.update(data);
+        mac
+    }
+}
+
+impl HmacKey for ResetTokenKey {
+    fn sign(&self, data: &[u8], signature_out: &mut [u8]) {
+        signature_out.copy_from_slice(&self.absorb(data).finalize().into_bytes());
+    }
+
+    fn signature_len(&self) -> usize {
+        32
+    }
+
+    fn verify(&self, data: &[u8], signature: &[u8]) -> Result<(), CryptoError> {
+        self.absorb(data)
+            .verify_slice(signature)
+            .map_err(|_| CryptoError)
+    }
+}

@@ -1,0 +1,186 @@
+//! The UDP socket, with a meter and, for tests, a tap.
+//!
+//! quinn's own statistics live in connections: they miss failed handshakes, refused attempts and
+//! garbage. What an operator pays for is what passes this socket, so it is counted here, exactly.
+
+use std::fmt;
+use std::io::{self, IoSliceMut};
+use std::net::{SocketAddr, UdpSocket};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+
+use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
+use quinn::{AsyncUdpSocket, Runtime as _, TokioRuntime, UdpPoller};
+
+use crate::limits::SOCKET_BUFFER_BYTES;
+
+/// Which way bytes went, as seen from the endpoint whose tap it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// Out to the peer.
+    Sent,
+    /// In from the peer.
+    Received,
+}
+
+/// A function that sees bytes as they pass. For tests: it runs on the path of every packet.
+#[derive(Clone)]
+pub struct Tap(Arc<See>);
+
+type See = dyn Fn(Direction, &[u8]) + Send + Sync;
+
+impl Tap {
+    /// A tap that calls `see` with each piece.
+    pub fn new(see: impl Fn(Direction, &[u8]) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(see))
+    }
+
+    pub(crate) fn see(&self, direction: Direction, bytes: &[u8]) {
+        (self.0)(direction, bytes);
+    }
+}
+
+impl fmt::Debug for Tap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tap")
+    }
+}
+
+/// Where an endpoint is tapped; nowhere by default.
+#[derive(Debug, Clone, Default)]
+pub struct Taps {
+    /// Every UDP payload at the socket: what somebody on the wire sees.
+    pub datagrams: Option<Tap>,
+    /// Every frame and record, before TLS seals it and after TLS opened it: what somebody sees who
+    /// terminates TLS.
+    pub streams: Option<Tap>,
+}
+
+/// Running totals of an endpoint's socket. Clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct Traffic(Arc<Counters>);
+
+#[derive(Debug, Default)]
+struct Counters {
+    sent_bytes: AtomicU64,
+    sent_datagrams: AtomicU64,
+    received_bytes: AtomicU64,
+    received_datagrams: AtomicU64,
+}
+
+impl Traffic {
+    /// The totals by now.
+    pub fn totals(&self) -> TrafficTotals {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        TrafficTotals {
+            sent_bytes: read(&self.0.sent_bytes),
+            sent_datagrams: read(&self.0.sent_datagrams),
+            received_bytes: read(&self.0.received_bytes),
+            received_datagrams: read(&self.0.received_datagrams),
+        }
+    }
+
+    fn count(&self, direction: Direction, bytes: usize, datagrams: usize) {
+        let (byte_counter, datagram_counter) = match direction {
+            Direction::Sent => (&self.0.sent_bytes, &self.0.sent_datagrams),
+            Direction::Received => (&self.0.received_bytes, &self.0.received_datagrams),
+        };
+        // A usize always fits.
+        byte_counter.fetch_add(bytes as u64, Ordering::Relaxed);
+        datagram_counter.fetch_add(datagrams as u64, Ordering::Relaxed);
+    }
+}
+
+/// What passed a socket since it was bound: UDP payloads, without UDP and IP headers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TrafficTotals {
+    /// Bytes out.
+    pub sent_bytes: u64,
+    /// Datagrams out.
+    pub sent_datagrams: u64,
+    /// Bytes in, garbage included.
+    pub received_bytes: u64,
+    /// Datagrams in, garbage included.
+    pub received_datagrams: u64,
+}
+
+/// Passes everything through to `inner`, counting.
+#[derive(Debug)]
+pub(crate) struct MeteredSocket {
+    inner: Arc<dyn AsyncUdpSocket>,
+    traffic: Traffic,
+    tap: Option<Tap>,
+}
+
+impl MeteredSocket {
+    /// Takes a bound socket over. Must be called within a tokio runtime.
+    pub(crate) fn new(socket: UdpSocket, traffic: Traffic, tap: Option<Tap>) -> io::Result<Self> {
+        let state = UdpSocketState::new((&socket).into())?;
+        // The operating system may grant less, or nothing beyond its default: that costs speed only.
+        let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
+        let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
+        let inner = TokioRuntime.wrap_udp_socket(socket)?;
+        Ok(Self {
+            inner,
+            traffic,
+            tap,
+        })
+    }
+
+    /// `bytes` is a batch of datagrams, each `segment` long but the last.
+    fn passed(&self, direction: Direction, bytes: &[u8], segment: usize) {
+        let segment = segment.max(1);
+        self.traffic
+            .count(direction, bytes.len(), bytes.len().div_ceil(segment));
+        if let Some(tap) = &self.tap {
+            bytes
+                .chunks(segment)
+                .for_each(|datagram| tap.see(direction, datagram));
+        }
+    }
+}
+
+impl AsyncUdpSocket for MeteredSocket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        Arc::clone(&self.inner).create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.inner.try_send(transmit)?;
+        let segment = transmit.segment_size.unwrap_or(transmit.contents.len());
+        self.passed(Direction::Sent, transmit.contents, segment);
+        Ok(())
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        buffers: &mut [IoSliceMut<'_>],
+        metas: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        let batches = ready!(self.inner.poll_recv(cx, buffers, metas))?;
+        for (buffer, meta) in buffers.iter().zip(metas.iter()).take(batches) {
+            let bytes = buffer.get(..meta.len).unwrap_or(buffer);
+            self.passed(Direction::Received, bytes, meta.stride);
+        }
+        Poll::Ready(Ok(batches))
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.inner.max_transmit_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.inner.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.inner.may_fragment()
+    }
+}
