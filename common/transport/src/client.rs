@@ -33,11 +33,7 @@ pub struct ClientOptions {
 
 impl Default for ClientOptions {
     fn default() -> Self {
-        Self {
-            strict_pq: false,
-            keep_alive: limits::KEEP_ALIVE,
-            taps: Taps::default(),
-        }
+        Self { strict_pq: false, keep_alive: limits::KEEP_ALIVE, taps: Taps::default() }
     }
 }
 
@@ -91,17 +87,11 @@ impl Client {
     /// Binds a socket of its own, on any port. Must be called within a tokio runtime.
     pub fn bind(options: ClientOptions) -> Result<Self, SetupError> {
         let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-        let bind = |source| SetupError::Bind {
-            address: any,
-            source,
-        };
+        let bind = |source| SetupError::Bind { address: any, source };
         // An IPv6 socket reaches IPv4 addresses too; there may be no IPv6 here.
-        let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0))
-            .or_else(|_| UdpSocket::bind(any))
-            .map_err(bind)?;
+        let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).or_else(|_| UdpSocket::bind(any)).map_err(bind)?;
         let traffic = Traffic::default();
-        let socket =
-            MeteredSocket::new(socket, traffic.clone(), options.taps.datagrams).map_err(bind)?;
+        let socket = MeteredSocket::new(socket, traffic.clone(), options.taps.datagrams).map_err(bind)?;
         let endpoint = quinn::Endpoint::new_with_abstract_socket(
             EndpointConfig::default(),
             None,
@@ -178,21 +168,13 @@ impl Client {
         Ok((config, verifier))
     }
 
-    fn connected(
-        &self,
-        connection: quinn::Connection,
-        verifier: &Verifier,
-    ) -> Result<Connected, ConnectError> {
+    fn connected(&self, connection: quinn::Connection, verifier: &Verifier) -> Result<Connected, ConnectError> {
         let connection = Connection::new(connection, self.stream_tap.clone());
         let (Some(exporter), Some(ca)) = (connection.exporter(), verifier.ca()) else {
             connection.close(CloseCode::Internal, "TLS gave no exporter");
             return Err(ConnectError::Incomplete);
         };
-        Ok(Connected {
-            connection,
-            ca,
-            exporter,
-        })
+        Ok(Connected { connection, ca, exporter })
     }
 }
 
@@ -254,18 +236,13 @@ impl From<Ended> for ConnectFailure {
     fn from(ended: Ended) -> Self {
         match ended {
             Ended::TimedOut => Self::Silent(limits::IDLE_TIMEOUT),
-            Ended::ByPeersTransport {
-                number: CONNECTION_REFUSED,
-                ..
-            } => Self::Full,
+            Ended::ByPeersTransport { number: CONNECTION_REFUSED, .. } => Self::Full,
             Ended::ByPeersTransport { number, reason } | Ended::Transport { number, reason }
                 if NO_COMMON_PROTOCOL.contains(&number) =>
             {
                 Self::OtherProtocol(reason)
             }
-            Ended::Transport { number, reason } if CRYPTO_ERROR.contains(&number) => {
-                Self::Untrusted(reason)
-            }
+            Ended::Transport { number, reason } if CRYPTO_ERROR.contains(&number) => Self::Untrusted(reason),
             other => Self::Failed(other),
         }
     }
@@ -318,8 +295,6 @@ fn listed(failures: &[(SocketAddr, ConnectFailure)]) -> String {
     if failures.is_empty() {
         return "no address to connect to".to_owned();
     }
-    let each = failures
-        .iter()
-        .map(|(address, failure)| format!("{address}: {failure}"));
+    let each = failures.iter().map(|(address, failure)| format!("{address}: {failure}"));
     each.collect::<Vec<_>>().join("; ")
 }

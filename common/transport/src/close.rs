@@ -69,9 +69,7 @@ impl CloseCode {
 
     /// The code of this number, if it is one of ours.
     pub fn from_number(number: u64) -> Option<Self> {
-        Self::ALL
-            .into_iter()
-            .find(|code| u64::from(code.number()) == number)
+        Self::ALL.into_iter().find(|code| u64::from(code.number()) == number)
     }
 
     pub(crate) fn varint(self) -> VarInt {
@@ -153,21 +151,16 @@ impl From<ConnectionError> for Ended {
                 code: CloseCode::from_number(close.error_code.into_inner()),
                 reason: readable(&close.reason),
             },
-            ConnectionError::ConnectionClosed(close) => Self::ByPeersTransport {
-                number: close.error_code.into(),
-                reason: readable(&close.reason),
-            },
+            ConnectionError::ConnectionClosed(close) => {
+                Self::ByPeersTransport { number: close.error_code.into(), reason: readable(&close.reason) }
+            }
             ConnectionError::Reset => Self::Reset,
             ConnectionError::TimedOut => Self::TimedOut,
             ConnectionError::LocallyClosed => Self::Locally,
-            ConnectionError::TransportError(error) => Self::Transport {
-                number: error.code.into(),
-                reason: error.reason,
-            },
-            other => Self::Transport {
-                number: 0,
-                reason: other.to_string(),
-            },
+            ConnectionError::TransportError(error) => {
+                Self::Transport { number: error.code.into(), reason: error.reason }
+            }
+            other => Self::Transport { number: 0, reason: other.to_string() },
         }
     }
 }
@@ -177,13 +170,7 @@ fn readable(reason: &[u8]) -> String {
     let bounded = reason.get(..REASON_BYTES_MAX).unwrap_or(reason);
     String::from_utf8_lossy(bounded)
         .chars()
-        .map(|character| {
-            if character.is_control() {
-                '\u{fffd}'
-            } else {
-                character
-            }
-        })
+        .map(|character| if character.is_control() { '\u{fffd}' } else { character })
         .collect()
 }
 
@@ -211,10 +198,7 @@ mod tests {
 
     #[test]
     fn a_peers_reason_is_bounded_and_cannot_steer_a_terminal() {
-        assert_eq!(
-            readable(b"\x1b[2Jhello\r\n"),
-            "\u{fffd}[2Jhello\u{fffd}\u{fffd}"
-        );
+        assert_eq!(readable(b"\x1b[2Jhello\r\n"), "\u{fffd}[2Jhello\u{fffd}\u{fffd}");
         assert_eq!(readable(&[b'a'; 9_000]).len(), REASON_BYTES_MAX);
         assert_eq!(readable(&[0xff, 0xfe]), "\u{fffd}\u{fffd}");
     }

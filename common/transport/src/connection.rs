@@ -36,18 +36,12 @@ impl Connection {
 
     /// Opens a stream in one direction, waiting while the peer has as many as it allows.
     pub async fn open_uni(&self) -> Result<SendStream, Ended> {
-        Ok(SendStream::new(
-            self.inner.open_uni().await?,
-            self.tap.clone(),
-        ))
+        Ok(SendStream::new(self.inner.open_uni().await?, self.tap.clone()))
     }
 
     /// Waits for the next stream that the peer opens in one direction.
     pub async fn accept_uni(&self) -> Result<RecvStream, Ended> {
-        Ok(RecvStream::new(
-            self.inner.accept_uni().await?,
-            self.tap.clone(),
-        ))
+        Ok(RecvStream::new(self.inner.accept_uni().await?, self.tap.clone()))
     }
 
     /// Closes the connection at once; what was not yet delivered is lost. A reason longer than
@@ -89,43 +83,27 @@ impl Connection {
     /// 32 bytes that only the two ends of this TLS connection know.
     pub(crate) fn exporter(&self) -> Option<[u8; 32]> {
         let mut secret = [0; 32];
-        self.inner
-            .export_keying_material(&mut secret, EXPORTER_LABEL, b"")
-            .ok()?;
+        self.inner.export_keying_material(&mut secret, EXPORTER_LABEL, b"").ok()?;
         Some(secret)
     }
 
     /// The ALPN that TLS agreed on.
     pub(crate) fn alpn(&self) -> Option<Alpn> {
-        let data = self
-            .inner
-            .handshake_data()?
-            .downcast::<HandshakeData>()
-            .ok()?;
+        let data = self.inner.handshake_data()?.downcast::<HandshakeData>().ok()?;
         Alpn::from_name(&data.protocol?)
     }
 
     /// The certificate that the peer proved, verified by TLS.
     pub(crate) fn peer_certificate(&self) -> Option<CertificateDer<'static>> {
-        let chain = self
-            .inner
-            .peer_identity()?
-            .downcast::<Vec<CertificateDer<'static>>>()
-            .ok()?;
+        let chain = self.inner.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
         chain.into_iter().next()
     }
 
     /// Control messages overtake bulk data that waits to be sent.
-    fn control(
-        &self,
-        (send, receive): (quinn::SendStream, quinn::RecvStream),
-    ) -> (SendStream, RecvStream) {
+    fn control(&self, (send, receive): (quinn::SendStream, quinn::RecvStream)) -> (SendStream, RecvStream) {
         // It fails only for a stream that is over already, which the first write will say.
         let _ = send.set_priority(1);
-        (
-            SendStream::new(send, self.tap.clone()),
-            RecvStream::new(receive, self.tap.clone()),
-        )
+        (SendStream::new(send, self.tap.clone()), RecvStream::new(receive, self.tap.clone()))
     }
 }
 

@@ -9,9 +9,7 @@
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 
-use crate::limits::{
-    FRAME_HEADER_BYTES, HANDSHAKE_BYTES_MAX, HELLO_BYTES_MAX, REFUSED_BYTES_MAX, STREAM_OPEN_BYTES,
-};
+use crate::limits::{FRAME_HEADER_BYTES, HANDSHAKE_BYTES_MAX, HELLO_BYTES_MAX, REFUSED_BYTES_MAX, STREAM_OPEN_BYTES};
 use crate::stream::StreamError;
 
 /// A frame with its body, whose meaning is somebody else's.
@@ -88,12 +86,7 @@ pub enum FrameKind {
 
 impl FrameKind {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 4] = [
-        Self::Hello,
-        Self::Refused,
-        Self::Handshake,
-        Self::StreamOpen,
-    ];
+    pub const ALL: [Self; 4] = [Self::Hello, Self::Refused, Self::Handshake, Self::StreamOpen];
 
     /// The first byte of such a frame.
     pub fn number(self) -> u8 {
@@ -206,10 +199,7 @@ mod tests {
         for kind in [FrameKind::Hello, FrameKind::Refused, FrameKind::Handshake] {
             let max = kind.body_max();
             let length = u32::try_from(max).unwrap();
-            assert_eq!(
-                FrameKind::parse(header(kind.number(), length)),
-                Ok((kind, max))
-            );
+            assert_eq!(FrameKind::parse(header(kind.number(), length)), Ok((kind, max)));
             let got = u64::from(length) + 1;
             let refused = Err(FrameError::TooLong { kind, got, max });
             assert_eq!(FrameKind::parse(header(kind.number(), length + 1)), refused);
@@ -221,11 +211,7 @@ mod tests {
     #[test]
     fn a_length_of_four_gigabytes_is_refused_before_anything_is_allocated() {
         let refused = FrameKind::parse(header(1, u32::MAX)).unwrap_err();
-        let expected = FrameError::TooLong {
-            kind: FrameKind::Hello,
-            got: u64::from(u32::MAX),
-            max: HELLO_BYTES_MAX,
-        };
+        let expected = FrameError::TooLong { kind: FrameKind::Hello, got: u64::from(u32::MAX), max: HELLO_BYTES_MAX };
         assert_eq!(refused, expected);
     }
 
@@ -233,29 +219,16 @@ mod tests {
     fn a_stream_number_is_four_bytes_long() {
         for got in [0, 3] {
             let length = u32::try_from(got).unwrap();
-            assert_eq!(
-                FrameKind::parse(header(4, length)),
-                Err(FrameError::WrongLength { got })
-            );
+            assert_eq!(FrameKind::parse(header(4, length)), Err(FrameError::WrongLength { got }));
         }
         let long = FrameKind::parse(header(4, 5)).unwrap_err();
-        assert!(matches!(
-            long,
-            FrameError::TooLong {
-                kind: FrameKind::StreamOpen,
-                got: 5,
-                max: 4
-            }
-        ));
+        assert!(matches!(long, FrameError::TooLong { kind: FrameKind::StreamOpen, got: 5, max: 4 }));
     }
 
     #[test]
     fn no_other_kind_is_a_frame() {
         for got in (0..=u8::MAX).filter(|number| !(1..=4).contains(number)) {
-            assert_eq!(
-                FrameKind::parse(header(got, 0)),
-                Err(FrameError::UnknownKind { got })
-            );
+            assert_eq!(FrameKind::parse(header(got, 0)), Err(FrameError::UnknownKind { got }));
         }
     }
 }

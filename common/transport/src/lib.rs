@@ -24,9 +24,7 @@ pub use close::{CloseCode, Ended};
 pub use connection::{Connection, LinkStats};
 pub use frame::{Frame, FrameError, FrameKind};
 pub use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-pub use server::{
-    Accepted, Handshake, HandshakeError, ResetKeys, Server, ServerCounts, ServerOptions,
-};
+pub use server::{Accepted, Handshake, HandshakeError, ResetKeys, Server, ServerCounts, ServerOptions};
 pub use socket::{Direction, Tap, Taps, Traffic, TrafficTotals};
 pub use stream::{RecordError, RecvStream, SendStream, StreamError};
 pub use tls::{Alpn, EXPORTER_LABEL, SetupError, TlsIdentity};

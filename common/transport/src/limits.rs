@@ -5,9 +5,9 @@
 
 use std::time::Duration;
 
-/// Connections that a server holds by default, those still in the handshake or draining included. An
-/// idle one costs 34 kB.
-pub const CONNECTIONS_MAX: usize = 1_024;
+/// Connections that a server holds by default, those still in the handshake or draining included: twice
+/// the updates of the largest round. An idle one costs 34 kB.
+pub const CONNECTIONS_MAX: usize = 4_096;
 
 /// TLS handshakes that a server has in flight by default. A core does about 2,000 a second.
 pub const HANDSHAKES_MAX: usize = 64;
@@ -86,7 +86,7 @@ pub const FRAME_HEADER_BYTES: usize = 5;
 pub const HELLO_BYTES_MAX: usize = 1_024;
 
 /// The longest body of a Refused frame, in bytes: a list of versions and a sentence for a person.
-pub const REFUSED_BYTES_MAX: usize = 1_024;
+pub const REFUSED_BYTES_MAX: usize = 2_048;
 
 /// The longest body of a Handshake frame, in bytes: a Noise message with its payload. Enrolment, whose
 /// whole stream is bounded by as much, travels in one.
@@ -108,3 +108,22 @@ const _: () = assert!(KEEP_ALIVE.as_secs() < IDLE_TIMEOUT.as_secs());
 const _: () = assert!(HANDSHAKE_TIMEOUT.as_secs() < IDLE_TIMEOUT.as_secs());
 const _: () = assert!(STREAM_RECEIVE_WINDOW_BYTES <= RECEIVE_WINDOW_BYTES);
 const _: () = assert!(RECORD_BODY_BYTES_MAX < STREAM_RECEIVE_WINDOW_BYTES as usize);
+
+#[cfg(test)]
+mod tests {
+    use protocol::limits::{HELLO_VERSIONS_MAX, RECORD_BYTES_MAX, SENTENCE_LEN_MAX, UPDATES_MAX};
+    use protocol::session::{broadcast, record};
+
+    use super::*;
+
+    #[test]
+    fn what_the_protocol_says_fits() {
+        assert_eq!(RECORD_HEADER_BYTES, record::RECORD_HEADER_BYTES);
+        assert_eq!(BROADCAST_HEADER_BYTES, broadcast::BROADCAST_HEADER_BYTES);
+        assert_eq!(RECORD_BODY_BYTES_MAX, RECORD_BYTES_MAX + record::RECORD_TAG_BYTES);
+        // postcard spends at most three bytes on a version, and on the length of a sentence.
+        let versions = 3 * HELLO_VERSIONS_MAX + 3;
+        assert!(versions < HELLO_BYTES_MAX && versions + SENTENCE_LEN_MAX + 3 < REFUSED_BYTES_MAX);
+        assert!(CONNECTIONS_MAX >= UPDATES_MAX as usize);
+    }
+}

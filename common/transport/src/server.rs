@@ -15,8 +15,7 @@ use hmac::{Hmac, KeyInit as _, Mac as _};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::crypto::{CryptoError, HmacKey};
 use quinn::{
-    Connecting, ConnectionError, EndpointConfig, Incoming, TokioRuntime, TransportConfig,
-    ValidationTokenConfig, VarInt,
+    Connecting, ConnectionError, EndpointConfig, Incoming, TokioRuntime, TransportConfig, ValidationTokenConfig, VarInt,
 };
 use quinn_proto::HashedConnectionIdGenerator;
 use rustls::pki_types::CertificateDer;
@@ -53,12 +52,7 @@ pub struct ServerOptions {
 
 impl ServerOptions {
     /// Options with the bounds of [`limits`], no strictness and no taps.
-    pub fn new(
-        listen: SocketAddr,
-        ca: CertificateDer<'static>,
-        identity: TlsIdentity,
-        reset_keys: ResetKeys,
-    ) -> Self {
+    pub fn new(listen: SocketAddr, ca: CertificateDer<'static>, identity: TlsIdentity, reset_keys: ResetKeys) -> Self {
         Self {
             listen,
             ca,
@@ -88,10 +82,7 @@ impl ResetKeys {
     pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> Self {
         let (token_key, connection_id_key) = bytes.split_first_chunk().unwrap_or((&[0; 32], &[]));
         let connection_id_key = connection_id_key.first_chunk().copied().unwrap_or_default();
-        Self {
-            token_key: *token_key,
-            connection_id_key: u64::from_le_bytes(connection_id_key),
-        }
+        Self { token_key: *token_key, connection_id_key: u64::from_le_bytes(connection_id_key) }
     }
 }
 
@@ -123,8 +114,7 @@ impl Server {
         let bind = |source| SetupError::Bind { address, source };
         let socket = UdpSocket::bind(address).map_err(bind)?;
         let traffic = Traffic::default();
-        let socket =
-            MeteredSocket::new(socket, traffic.clone(), options.taps.datagrams).map_err(bind)?;
+        let socket = MeteredSocket::new(socket, traffic.clone(), options.taps.datagrams).map_err(bind)?;
         let endpoint = quinn::Endpoint::new_with_abstract_socket(
             endpoint_config(&options.reset_keys),
             Some(quic_config(crypto)),
@@ -218,8 +208,7 @@ impl Server {
     }
 
     fn handshakes_in_flight(&self) -> usize {
-        self.handshakes_max
-            .saturating_sub(self.handshakes.available_permits())
+        self.handshakes_max.saturating_sub(self.handshakes.available_permits())
     }
 }
 
@@ -272,12 +261,7 @@ impl Handshake {
             connection.close(CloseCode::CertificateRequired, reason);
             return Err(HandshakeError::CertificateRequired);
         }
-        Ok(Accepted {
-            connection,
-            alpn,
-            certificate,
-            exporter,
-        })
+        Ok(Accepted { connection, alpn, certificate, exporter })
     }
 }
 
@@ -383,8 +367,6 @@ impl HmacKey for ResetTokenKey {
     }
 
     fn verify(&self, data: &[u8], signature: &[u8]) -> Result<(), CryptoError> {
-        self.absorb(data)
-            .verify_slice(signature)
-            .map_err(|_| CryptoError)
+        self.absorb(data).verify_slice(signature).map_err(|_| CryptoError)
     }
 }

@@ -122,22 +122,15 @@ impl MeteredSocket {
         let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
         let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
         let inner = TokioRuntime.wrap_udp_socket(socket)?;
-        Ok(Self {
-            inner,
-            traffic,
-            tap,
-        })
+        Ok(Self { inner, traffic, tap })
     }
 
     /// `bytes` is a batch of datagrams, each `segment` long but the last.
     fn passed(&self, direction: Direction, bytes: &[u8], segment: usize) {
         let segment = segment.max(1);
-        self.traffic
-            .count(direction, bytes.len(), bytes.len().div_ceil(segment));
+        self.traffic.count(direction, bytes.len(), bytes.len().div_ceil(segment));
         if let Some(tap) = &self.tap {
-            bytes
-                .chunks(segment)
-                .for_each(|datagram| tap.see(direction, datagram));
+            bytes.chunks(segment).for_each(|datagram| tap.see(direction, datagram));
         }
     }
 }

@@ -10,9 +10,7 @@ use quinn::{ReadError, StoppedError, VarInt, WriteError};
 
 use crate::close::{CloseCode, Ended};
 use crate::frame::{Frame, FrameError, FrameKind};
-use crate::limits::{
-    BROADCAST_HEADER_BYTES, FRAME_HEADER_BYTES, RECORD_BODY_BYTES_MAX, RECORD_HEADER_BYTES,
-};
+use crate::limits::{BROADCAST_HEADER_BYTES, FRAME_HEADER_BYTES, RECORD_BODY_BYTES_MAX, RECORD_HEADER_BYTES};
 use crate::socket::{Direction, Tap};
 
 /// The second byte of a broadcast record.
@@ -84,11 +82,7 @@ pub struct RecvStream {
 
 impl RecvStream {
     pub(crate) fn new(inner: quinn::RecvStream, tap: Option<Tap>) -> Self {
-        Self {
-            inner,
-            tap,
-            pending: BytesMut::new(),
-        }
+        Self { inner, tap, pending: BytesMut::new() }
     }
 
     /// The next frame, or `None` where the stream ended after one. Cancel-safe.
@@ -134,10 +128,7 @@ impl RecvStream {
                 Some(chunk) => self.pending.extend_from_slice(&chunk.bytes),
                 None if self.pending.is_empty() => return Ok(None),
                 None => {
-                    return Err(Cut::Short {
-                        got: self.pending.len(),
-                        expected,
-                    });
+                    return Err(Cut::Short { got: self.pending.len(), expected });
                 }
             }
         }
@@ -161,9 +152,7 @@ impl RecvStream {
 fn record_bytes(header: &[u8; RECORD_HEADER_BYTES]) -> Result<usize, RecordError> {
     let &[_, kind, _, _, l0, l1, l2, l3, ..] = header;
     let plaintext = u32::from_le_bytes([l0, l1, l2, l3]);
-    let too_long = || RecordError::TooLong {
-        got: u64::from(plaintext) + TAG_BYTES as u64,
-    };
+    let too_long = || RecordError::TooLong { got: u64::from(plaintext) + TAG_BYTES as u64 };
     let body = usize::try_from(plaintext)
         .ok()
         .and_then(|length| length.checked_add(TAG_BYTES))
@@ -228,9 +217,7 @@ impl From<ReadError> for Cut {
         Self::Stream(match error {
             ReadError::Reset(code) => StreamError::Reset(code.into_inner()),
             ReadError::ConnectionLost(error) => StreamError::Lost(error.into()),
-            ReadError::ClosedStream
-            | ReadError::IllegalOrderedRead
-            | ReadError::ZeroRttRejected => StreamError::Closed,
+            ReadError::ClosedStream | ReadError::IllegalOrderedRead | ReadError::ZeroRttRejected => StreamError::Closed,
         })
     }
 }
@@ -287,9 +274,7 @@ mod tests {
         assert_eq!(record_bytes(&header(2, 65_536)), Ok(16 + 65_536 + 16));
         let refused = Err(RecordError::TooLong { got: 65_537 + 16 });
         assert_eq!(record_bytes(&header(2, 65_537)), refused);
-        let refused = Err(RecordError::TooLong {
-            got: u64::from(u32::MAX) + 16,
-        });
+        let refused = Err(RecordError::TooLong { got: u64::from(u32::MAX) + 16 });
         assert_eq!(record_bytes(&header(3, u32::MAX)), refused);
     }
 }

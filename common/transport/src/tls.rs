@@ -15,8 +15,8 @@ use rustls::crypto::{CryptoProvider, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error, PeerIncompatible, RootCertStore,
-    ServerConfig, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, PeerIncompatible, RootCertStore, ServerConfig,
+    SignatureScheme,
 };
 use sha2::{Digest as _, Sha256};
 
@@ -44,9 +44,7 @@ impl Alpn {
     }
 
     pub(crate) fn from_name(name: &[u8]) -> Option<Self> {
-        [Self::Main, Self::Join]
-            .into_iter()
-            .find(|alpn| alpn.name() == name)
+        [Self::Main, Self::Join].into_iter().find(|alpn| alpn.name() == name)
     }
 }
 
@@ -61,10 +59,7 @@ pub struct TlsIdentity {
 
 impl Clone for TlsIdentity {
     fn clone(&self) -> Self {
-        Self {
-            certificate: self.certificate.clone(),
-            key: self.key.clone_key(),
-        }
+        Self { certificate: self.certificate.clone(), key: self.key.clone_key() }
     }
 }
 
@@ -95,11 +90,8 @@ pub enum SetupError {
 /// that a peer cannot talk us down to X25519 alone.
 pub(crate) fn provider(strict_pq: bool) -> Arc<CryptoProvider> {
     let mut provider = aws_lc_rs::default_provider();
-    provider.kx_groups = if strict_pq {
-        vec![kx_group::X25519MLKEM768]
-    } else {
-        vec![kx_group::X25519MLKEM768, kx_group::X25519]
-    };
+    provider.kx_groups =
+        if strict_pq { vec![kx_group::X25519MLKEM768] } else { vec![kx_group::X25519MLKEM768, kx_group::X25519] };
     Arc::new(provider)
 }
 
@@ -118,10 +110,7 @@ pub(crate) fn server_config(
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(
-            vec![identity.certificate.clone(), ca.clone()],
-            identity.key.clone_key(),
-        )?;
+        .with_single_cert(vec![identity.certificate.clone(), ca.clone()], identity.key.clone_key())?;
     config.alpn_protocols = vec![Alpn::Main.name().to_vec(), Alpn::Join.name().to_vec()];
     config.send_tls13_tickets = 0;
     config.max_early_data_size = 0;
@@ -172,11 +161,7 @@ pub(crate) struct PinnedCa {
 
 impl PinnedCa {
     pub(crate) fn new(pin: [u8; 32], provider: Arc<CryptoProvider>) -> Self {
-        Self {
-            pin,
-            provider,
-            seen: OnceLock::new(),
-        }
+        Self { pin, provider, seen: OnceLock::new() }
     }
 
     /// The CA, once a chain was verified. It means something only after the handshake succeeded.
@@ -184,10 +169,7 @@ impl PinnedCa {
         self.seen.get()
     }
 
-    fn pinned<'a, 'b>(
-        &self,
-        chain: &'a [CertificateDer<'b>],
-    ) -> Result<&'a CertificateDer<'b>, Error> {
+    fn pinned<'a, 'b>(&self, chain: &'a [CertificateDer<'b>]) -> Result<&'a CertificateDer<'b>, Error> {
         chain
             .iter()
             .take(CHAIN_MAX)
@@ -206,10 +188,9 @@ impl ServerCertVerifier for PinnedCa {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let ca = self.pinned(intermediates)?;
-        let verifier = webpki_verifier(ca, Arc::clone(&self.provider))
-            .map_err(|error| Error::General(error.to_string()))?;
-        let verified =
-            verifier.verify_server_cert(end_entity, &[], server_name, ocsp_response, now)?;
+        let verifier =
+            webpki_verifier(ca, Arc::clone(&self.provider)).map_err(|error| Error::General(error.to_string()))?;
+        let verified = verifier.verify_server_cert(end_entity, &[], server_name, ocsp_response, now)?;
         self.seen.get_or_init(|| ca.clone().into_owned());
         Ok(verified)
     }
@@ -220,9 +201,7 @@ impl ServerCertVerifier for PinnedCa {
         _: &CertificateDer<'_>,
         _: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::PeerIncompatible(
-            PeerIncompatible::ServerDoesNotSupportTls12Or13,
-        ))
+        Err(Error::PeerIncompatible(PeerIncompatible::ServerDoesNotSupportTls12Or13))
     }
 
     fn verify_tls13_signature(
@@ -236,9 +215,7 @@ impl ServerCertVerifier for PinnedCa {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider
-            .signature_verification_algorithms
-            .supported_schemes()
+        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
 
@@ -267,9 +244,7 @@ mod tests {
     fn chain() -> Chain {
         let (ca, _) = Ca::generate(SystemTime::now()).unwrap();
         let key = IdentityKey::generate().unwrap();
-        let server = ca
-            .issue_coordinator(&key.public(), SystemTime::now())
-            .unwrap();
+        let server = ca.issue_coordinator(&key.public(), SystemTime::now()).unwrap();
         Chain { ca, server }
     }
 
@@ -315,10 +290,7 @@ mod tests {
         let sent = [ours.ca.certificate().clone()];
         let pin = ours.ca.fingerprint();
         let refused = verify(pin, &other.server, &sent, SystemTime::now()).unwrap_err();
-        assert!(
-            matches!(refused, Error::InvalidCertificate(_)),
-            "{refused:?}"
-        );
+        assert!(matches!(refused, Error::InvalidCertificate(_)), "{refused:?}");
     }
 
     #[test]
@@ -328,10 +300,7 @@ mod tests {
         let worker = ca.issue_worker(&key.public(), SystemTime::now()).unwrap();
         let sent = [ca.certificate().clone()];
         let refused = verify(ca.fingerprint(), &worker, &sent, SystemTime::now()).unwrap_err();
-        assert!(
-            matches!(refused, Error::InvalidCertificate(_)),
-            "{refused:?}"
-        );
+        assert!(matches!(refused, Error::InvalidCertificate(_)), "{refused:?}");
     }
 
     #[test]
@@ -340,28 +309,14 @@ mod tests {
         let later = SystemTime::now() + Duration::from_secs(91 * 86_400);
         let sent = [ca.certificate().clone()];
         let refused = verify(ca.fingerprint(), &server, &sent, later).unwrap_err();
-        assert!(
-            matches!(
-                refused,
-                Error::InvalidCertificate(CertificateError::ExpiredContext { .. })
-            ),
-            "{refused:?}"
-        );
+        assert!(matches!(refused, Error::InvalidCertificate(CertificateError::ExpiredContext { .. })), "{refused:?}");
     }
 
     #[test]
     fn the_post_quantum_group_comes_first_and_strictly_alone() {
-        let groups = |strict| -> Vec<NamedGroup> {
-            provider(strict)
-                .kx_groups
-                .iter()
-                .map(|group| group.name())
-                .collect()
-        };
-        assert_eq!(
-            groups(false),
-            [NamedGroup::X25519MLKEM768, NamedGroup::X25519]
-        );
+        let groups =
+            |strict| -> Vec<NamedGroup> { provider(strict).kx_groups.iter().map(|group| group.name()).collect() };
+        assert_eq!(groups(false), [NamedGroup::X25519MLKEM768, NamedGroup::X25519]);
         assert_eq!(groups(true), [NamedGroup::X25519MLKEM768]);
     }
 

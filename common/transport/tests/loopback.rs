@@ -10,10 +10,9 @@ use certs::{Ca, IdentityKey, SERVER_NAME, worker_identity};
 use rustls::NamedGroup;
 use rustls::crypto::aws_lc_rs::kx_group;
 use tributary_transport::{
-    Accepted, Alpn, Client, ClientOptions, CloseCode, ConnectError, ConnectFailure, Connected,
-    Connection, Direction, Ended, Frame, FrameError, FrameKind, HandshakeError, RecordError,
-    RecvStream, ResetKeys, SendStream, Server, ServerOptions, StreamError, Tap, Taps, Target,
-    TlsIdentity, Trust, limits,
+    Accepted, Alpn, Client, ClientOptions, CloseCode, ConnectError, ConnectFailure, Connected, Connection, Direction,
+    Ended, Frame, FrameError, FrameKind, HandshakeError, RecordError, RecvStream, ResetKeys, SendStream, Server,
+    ServerOptions, StreamError, Tap, Taps, Target, TlsIdentity, Trust, limits,
 };
 
 /// Far above what anything here takes, far below the idle timeout.
@@ -33,33 +32,17 @@ impl Fleet {
         let (ca, _) = Ca::generate(SystemTime::now()).unwrap();
         let server_key = IdentityKey::generate().unwrap();
         let worker_key = IdentityKey::generate().unwrap();
-        Self {
-            ca,
-            server_key,
-            worker_key,
-        }
+        Self { ca, server_key, worker_key }
     }
 
     fn coordinator(&self) -> TlsIdentity {
-        let certificate = self
-            .ca
-            .issue_coordinator(&self.server_key.public(), SystemTime::now())
-            .unwrap();
-        TlsIdentity {
-            certificate,
-            key: self.server_key.tls_key().unwrap(),
-        }
+        let certificate = self.ca.issue_coordinator(&self.server_key.public(), SystemTime::now()).unwrap();
+        TlsIdentity { certificate, key: self.server_key.tls_key().unwrap() }
     }
 
     fn worker(&self) -> TlsIdentity {
-        let certificate = self
-            .ca
-            .issue_worker(&self.worker_key.public(), SystemTime::now())
-            .unwrap();
-        TlsIdentity {
-            certificate,
-            key: self.worker_key.tls_key().unwrap(),
-        }
+        let certificate = self.ca.issue_worker(&self.worker_key.public(), SystemTime::now()).unwrap();
+        TlsIdentity { certificate, key: self.worker_key.tls_key().unwrap() }
     }
 
     fn options(&self) -> ServerOptions {
@@ -110,9 +93,7 @@ async fn accepted(server: &Server) -> Result<Accepted, HandshakeError> {
 }
 
 async fn soon<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(SOON, future)
-        .await
-        .expect("it happens soon")
+    tokio::time::timeout(SOON, future).await.expect("it happens soon")
 }
 
 /// Both ends of a connection on the main ALPN, and what keeps it alive.
@@ -132,20 +113,10 @@ async fn pair() -> Pair {
 async fn pair_with(taps: Taps) -> Pair {
     let fleet = Fleet::new();
     let server = fleet.serve();
-    let client = Client::bind(ClientOptions {
-        taps,
-        ..ClientOptions::default()
-    })
-    .unwrap();
+    let client = Client::bind(ClientOptions { taps, ..ClientOptions::default() }).unwrap();
     let target = fleet.main(address(&server));
     let (near, far) = tokio::join!(client.connect(&target), accepted(&server));
-    Pair {
-        near: near.unwrap(),
-        far: far.unwrap(),
-        client,
-        server,
-        fleet,
-    }
+    Pair { near: near.unwrap(), far: far.unwrap(), client, server, fleet }
 }
 
 impl Pair {
@@ -173,23 +144,14 @@ impl Pair {
 
 async fn assert_alive(near: &Connection, far: &Connection) {
     let mut send = near.open_uni().await.unwrap();
-    send.write_frame(&Frame::Hello(Bytes::from_static(b"still there")))
-        .await
-        .unwrap();
+    send.write_frame(&Frame::Hello(Bytes::from_static(b"still there"))).await.unwrap();
     let frame = soon(async { far.accept_uni().await.unwrap().read_frame().await }).await;
-    assert_eq!(
-        frame,
-        Ok(Some(Frame::Hello(Bytes::from_static(b"still there"))))
-    );
+    assert_eq!(frame, Ok(Some(Frame::Hello(Bytes::from_static(b"still there")))));
 }
 
 /// A record as the session would make it: kind and length are true, the rest is filling.
 fn record(kind: u8, plaintext: u32, filling: u8) -> Bytes {
-    let header = if kind == 3 {
-        limits::BROADCAST_HEADER_BYTES
-    } else {
-        limits::RECORD_HEADER_BYTES
-    };
+    let header = if kind == 3 { limits::BROADCAST_HEADER_BYTES } else { limits::RECORD_HEADER_BYTES };
     let mut bytes = vec![filling; header + plaintext as usize + 16];
     bytes[0] = 1;
     bytes[1] = kind;
@@ -204,10 +166,8 @@ async fn stranger(
     alpns: &[&[u8]],
     groups: Vec<&'static dyn rustls::crypto::SupportedKxGroup>,
 ) -> Result<quinn::Connection, Ended> {
-    let provider = rustls::crypto::CryptoProvider {
-        kx_groups: groups,
-        ..rustls::crypto::aws_lc_rs::default_provider()
-    };
+    let provider =
+        rustls::crypto::CryptoProvider { kx_groups: groups, ..rustls::crypto::aws_lc_rs::default_provider() };
     let mut roots = rustls::RootCertStore::empty();
     roots.add(fleet.ca.certificate().clone()).unwrap();
     let TlsIdentity { certificate, key } = fleet.worker();
@@ -221,17 +181,12 @@ async fn stranger(
     let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
     let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
     let config = quinn::ClientConfig::new(Arc::new(crypto));
-    Ok(endpoint
-        .connect_with(config, server, SERVER_NAME)
-        .unwrap()
-        .await?)
+    Ok(endpoint.connect_with(config, server, SERVER_NAME).unwrap().await?)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_is_accepted_with_its_certificate_and_both_sides_hold_one_exporter() {
-    let Pair {
-        near, far, fleet, ..
-    } = pair().await;
+    let Pair { near, far, fleet, .. } = pair().await;
     assert_eq!(far.alpn, Alpn::Main);
     let identity = worker_identity(&far.certificate.unwrap()).unwrap();
     assert_eq!(identity.public, fleet.worker_key.public());
@@ -262,10 +217,7 @@ async fn a_newcomer_joins_with_the_hash_of_the_ca_and_takes_the_ca_home() {
 async fn a_worker_without_a_certificate_is_closed_before_any_stream_is_accepted() {
     let fleet = Fleet::new();
     let (server, client) = (fleet.serve(), client());
-    let target = Target {
-        identity: None,
-        ..fleet.main(address(&server))
-    };
+    let target = Target { identity: None, ..fleet.main(address(&server)) };
     let (near, far) = tokio::join!(client.connect(&target), accepted(&server));
     assert_eq!(far.unwrap_err(), HandshakeError::CertificateRequired);
     let ended = soon(near.unwrap().connection.closed()).await;
@@ -277,10 +229,7 @@ async fn a_worker_without_a_certificate_is_closed_before_any_stream_is_accepted(
 async fn another_authoritys_worker_is_refused() {
     let (ours, other) = (Fleet::new(), Fleet::new());
     let (server, client) = (ours.serve(), client());
-    let target = Target {
-        identity: Some(other.worker()),
-        ..ours.main(address(&server))
-    };
+    let target = Target { identity: Some(other.worker()), ..ours.main(address(&server)) };
     let (near, far) = tokio::join!(client.connect(&target), accepted(&server));
     assert!(matches!(far, Err(HandshakeError::Failed(_))), "{far:?}");
     // TLS lets the client finish first; it learns of the refusal with the connection's end.
@@ -298,10 +247,7 @@ async fn a_server_of_another_authority_is_not_trusted() {
         let (near, far) = tokio::join!(client.connect(&target), accepted(&server));
         let refused = near.unwrap_err();
         assert!(refused.is_untrusted(), "{refused}");
-        assert!(
-            refused.to_string().contains("not our coordinator"),
-            "{refused}"
-        );
+        assert!(refused.to_string().contains("not our coordinator"), "{refused}");
         assert!(matches!(far, Err(HandshakeError::Failed(_))), "{far:?}");
     }
 }
@@ -312,16 +258,10 @@ async fn nobody_gets_in_without_one_of_our_alpns() {
     let server = fleet.serve();
     for alpns in [&[&b"h3"[..]][..], &[]] {
         let groups = vec![kx_group::X25519MLKEM768];
-        let (near, far) = tokio::join!(
-            stranger(&fleet, address(&server), alpns, groups),
-            accepted(&server)
-        );
+        let (near, far) = tokio::join!(stranger(&fleet, address(&server), alpns, groups), accepted(&server));
         assert!(matches!(far, Err(HandshakeError::Failed(_))), "{far:?}");
         let failure = ConnectFailure::from(near.unwrap_err());
-        assert!(
-            matches!(failure, ConnectFailure::OtherProtocol(_)),
-            "{failure:?}"
-        );
+        assert!(matches!(failure, ConnectFailure::OtherProtocol(_)), "{failure:?}");
     }
 }
 
@@ -331,11 +271,7 @@ async fn a_peer_with_only_the_post_quantum_group_is_served() {
     let groups = vec![kx_group::X25519MLKEM768];
     assert_eq!(groups[0].name(), NamedGroup::X25519MLKEM768);
     for strict_pq in [false, true] {
-        let server = Server::bind(ServerOptions {
-            strict_pq,
-            ..fleet.options()
-        })
-        .unwrap();
+        let server = Server::bind(ServerOptions { strict_pq, ..fleet.options() }).unwrap();
         let attempt = stranger(&fleet, address(&server), &[b"tributary"], groups.clone());
         let (near, far) = tokio::join!(attempt, accepted(&server));
         assert!(near.is_ok() && far.is_ok());
@@ -351,33 +287,19 @@ async fn a_peer_without_the_post_quantum_group_is_refused_under_strict_pq_only()
     let (near, far) = tokio::join!(attempt, accepted(&lenient));
     assert!(near.is_ok() && far.is_ok());
 
-    let strict = Server::bind(ServerOptions {
-        strict_pq: true,
-        ..fleet.options()
-    })
-    .unwrap();
+    let strict = Server::bind(ServerOptions { strict_pq: true, ..fleet.options() }).unwrap();
     let attempt = stranger(&fleet, address(&strict), &[b"tributary"], groups);
     let (near, far) = tokio::join!(attempt, accepted(&strict));
     assert!(matches!(far, Err(HandshakeError::Failed(_))), "{far:?}");
     let failure = ConnectFailure::from(near.unwrap_err());
-    assert!(
-        matches!(failure, ConnectFailure::OtherProtocol(_)),
-        "{failure:?}"
-    );
+    assert!(matches!(failure, ConnectFailure::OtherProtocol(_)), "{failure:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn our_client_is_content_with_a_strict_server() {
     let fleet = Fleet::new();
-    let server = Server::bind(ServerOptions {
-        strict_pq: true,
-        ..fleet.options()
-    })
-    .unwrap();
-    let options = ClientOptions {
-        strict_pq: true,
-        ..ClientOptions::default()
-    };
+    let server = Server::bind(ServerOptions { strict_pq: true, ..fleet.options() }).unwrap();
+    let options = ClientOptions { strict_pq: true, ..ClientOptions::default() };
     for client in [client(), Client::bind(options).unwrap()] {
         let target = fleet.main(address(&server));
         let (near, far) = tokio::join!(client.connect(&target), accepted(&server));
@@ -400,10 +322,7 @@ async fn garbage_at_the_port_leaves_a_live_connection_undisturbed() {
     }
     pair.assert_alive().await;
     let received = pair.server.traffic().received_bytes - before.received_bytes;
-    assert!(
-        received > u64::try_from(sent).unwrap(),
-        "{received} bytes, {sent} of them garbage"
-    );
+    assert!(received > u64::try_from(sent).unwrap(), "{received} bytes, {sent} of them garbage");
     assert_eq!(pair.server.counts().connections, 1);
 }
 
@@ -432,36 +351,15 @@ async fn malformed_frames_are_typed_errors() {
     let unknown = pair.frame_from(b"GET / HTTP/1.1\r\n\r\n").await;
     assert_eq!(unknown, Err(FrameError::UnknownKind { got: b'G' }));
     let long = pair.frame_from(&[1, 0xff, 0xff, 0xff, 0xff]).await;
-    let expected = FrameError::TooLong {
-        kind: FrameKind::Hello,
-        got: u64::from(u32::MAX),
-        max: limits::HELLO_BYTES_MAX,
-    };
+    let expected =
+        FrameError::TooLong { kind: FrameKind::Hello, got: u64::from(u32::MAX), max: limits::HELLO_BYTES_MAX };
     assert_eq!(long, Err(expected));
     let in_header = pair.frame_from(&[1, 9]).await;
-    assert_eq!(
-        in_header,
-        Err(FrameError::Truncated {
-            got: 2,
-            expected: 5
-        })
-    );
+    assert_eq!(in_header, Err(FrameError::Truncated { got: 2, expected: 5 }));
     let in_body = pair.frame_from(&[1, 9, 0, 0, 0, 1, 2, 3]).await;
-    assert_eq!(
-        in_body,
-        Err(FrameError::Truncated {
-            got: 8,
-            expected: 14
-        })
-    );
+    assert_eq!(in_body, Err(FrameError::Truncated { got: 8, expected: 14 }));
     let no_body = pair.frame_from(&[3, 1, 0, 0, 0]).await;
-    assert_eq!(
-        no_body,
-        Err(FrameError::Truncated {
-            got: 5,
-            expected: 6
-        })
-    );
+    assert_eq!(no_body, Err(FrameError::Truncated { got: 5, expected: 6 }));
     assert_eq!(pair.frame_from(&[]).await, Ok(None));
     pair.assert_alive().await;
 }
@@ -470,13 +368,8 @@ async fn malformed_frames_are_typed_errors() {
 async fn records_of_every_size_arrive_whole_in_one_buffer() {
     let pair = pair().await;
     let (mut send, mut receive) = pair.stream().await;
-    let records = [
-        record(1, 0, 10),
-        record(2, 65_536, 11),
-        record(3, 1, 12),
-        record(3, 65_536, 13),
-        record(1, 900, 14),
-    ];
+    let records =
+        [record(1, 0, 10), record(2, 65_536, 11), record(3, 1, 12), record(3, 65_536, 13), record(1, 900, 14)];
     let sent = records.clone();
     let sending = tokio::spawn(async move {
         for record in sent {
@@ -488,11 +381,7 @@ async fn records_of_every_size_arrive_whole_in_one_buffer() {
     let mut buffer = BytesMut::new();
     for expected in records {
         assert_eq!(soon(receive.read_record(&mut buffer)).await, Ok(true));
-        assert!(
-            buffer == expected,
-            "a record of {} bytes differs",
-            expected.len()
-        );
+        assert!(buffer == expected, "a record of {} bytes differs", expected.len());
     }
     assert_eq!(soon(receive.read_record(&mut buffer)).await, Ok(false));
     soon(sending).await.unwrap().unwrap();
@@ -508,23 +397,13 @@ async fn an_over_long_or_cut_record_is_a_typed_error() {
     assert_eq!(refused, Err(RecordError::TooLong { got: 65_537 + 16 }));
 
     let (mut send, mut receive) = pair.stream().await;
-    send.write_record(record(2, 100, 0).slice(..50))
-        .await
-        .unwrap();
+    send.write_record(record(2, 100, 0).slice(..50)).await.unwrap();
     send.finish().unwrap();
     let cut = soon(receive.read_record(&mut buffer)).await;
-    assert_eq!(
-        cut,
-        Err(RecordError::Truncated {
-            got: 50,
-            expected: 132
-        })
-    );
+    assert_eq!(cut, Err(RecordError::Truncated { got: 50, expected: 132 }));
 
     let (mut send, mut receive) = pair.stream().await;
-    send.write_record(record(2, 100, 0).slice(..50))
-        .await
-        .unwrap();
+    send.write_record(record(2, 100, 0).slice(..50)).await.unwrap();
     send.reset(CloseCode::TimedOut);
     let reset = soon(receive.read_record(&mut buffer)).await;
     let code = u64::from(CloseCode::TimedOut.number());
@@ -540,10 +419,7 @@ async fn a_read_that_was_given_up_halfway_loses_nothing() {
     for part in [0..7, 7..40, 40..1_000] {
         send.write_record(whole.slice(part)).await.unwrap();
         let halfway = tokio::time::timeout(A_MOMENT, receive.read_record(&mut buffer)).await;
-        assert!(
-            halfway.is_err(),
-            "there is no whole record yet: {halfway:?}"
-        );
+        assert!(halfway.is_err(), "there is no whole record yet: {halfway:?}");
     }
     send.write_record(whole.slice(1_000..)).await.unwrap();
     assert_eq!(soon(receive.read_record(&mut buffer)).await, Ok(true));
@@ -556,25 +432,15 @@ async fn a_peer_that_stops_reading_or_closes_is_named() {
     let (mut send, mut receive) = pair.stream().await;
     receive.stop(CloseCode::Refused);
     let stopped = soon(send.delivered()).await;
-    assert_eq!(
-        stopped,
-        Err(StreamError::Stopped(u64::from(CloseCode::Refused.number())))
-    );
+    assert_eq!(stopped, Err(StreamError::Stopped(u64::from(CloseCode::Refused.number()))));
 
     let (_send, mut receive) = pair.stream().await;
-    pair.near
-        .connection
-        .close(CloseCode::GoingAway, &"é".repeat(1_000));
+    pair.near.connection.close(CloseCode::GoingAway, &"é".repeat(1_000));
     let ended = soon(pair.far.connection.closed()).await;
-    let Ended::ByPeer { code, reason } = &ended else {
-        panic!("{ended:?}")
-    };
+    let Ended::ByPeer { code, reason } = &ended else { panic!("{ended:?}") };
     assert_eq!(*code, Some(CloseCode::GoingAway));
     assert_eq!(reason, &"é".repeat(limits::REASON_BYTES_MAX / 2));
-    assert_eq!(
-        receive.read_frame().await,
-        Err(FrameError::Stream(StreamError::Lost(ended)))
-    );
+    assert_eq!(receive.read_frame().await, Err(FrameError::Stream(StreamError::Lost(ended))));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -596,11 +462,7 @@ async fn a_peer_opens_no_more_streams_than_it_may() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_server_refuses_newcomers_and_keeps_who_is_there() {
     let fleet = Fleet::new();
-    let server = Server::bind(ServerOptions {
-        connections_max: 1,
-        ..fleet.options()
-    })
-    .unwrap();
+    let server = Server::bind(ServerOptions { connections_max: 1, ..fleet.options() }).unwrap();
     let client = client();
     let target = fleet.main(address(&server));
     let (near, far) = tokio::join!(client.connect(&target), accepted(&server));
@@ -609,9 +471,7 @@ async fn a_full_server_refuses_newcomers_and_keeps_who_is_there() {
         refused = client.connect(&target) => refused.unwrap_err(),
         _ = server.accept() => panic!("a second one was admitted"),
     };
-    let ConnectError::NowhereThere(failures) = &refused else {
-        panic!("{refused}")
-    };
+    let ConnectError::NowhereThere(failures) = &refused else { panic!("{refused}") };
     assert_eq!(failures[..], [(address(&server), ConnectFailure::Full)]);
     assert_eq!(server.counts().refused, 1);
     assert_alive(&near.connection, &far.connection).await;
@@ -620,11 +480,7 @@ async fn a_full_server_refuses_newcomers_and_keeps_who_is_there() {
 #[tokio::test(flavor = "multi_thread")]
 async fn handshakes_are_counted_and_newcomers_prove_their_address_when_there_are_many() {
     let fleet = Fleet::new();
-    let server = Server::bind(ServerOptions {
-        handshakes_max: 2,
-        ..fleet.options()
-    })
-    .unwrap();
+    let server = Server::bind(ServerOptions { handshakes_max: 2, ..fleet.options() }).unwrap();
     let client = client();
     let target = fleet.main(address(&server));
     // One handshake hangs: it has begun, and nobody completes it.
@@ -635,10 +491,7 @@ async fn handshakes_are_counted_and_newcomers_prove_their_address_when_there_are
         (hanging, second.await)
     });
     assert!(near.is_ok() && far.is_ok());
-    assert_eq!(
-        (server.counts().retried, server.counts().handshakes),
-        (1, 1)
-    );
+    assert_eq!((server.counts().retried, server.counts().handshakes), (1, 1));
     assert!(first.is_ok());
     drop(hanging);
     assert_eq!(server.counts().handshakes, 0);
@@ -651,15 +504,9 @@ async fn the_second_address_answers_where_the_first_is_silent() {
     let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
     let mut target = fleet.main(silent.local_addr().unwrap());
     target.addresses.push(address(&server));
-    let (near, far) =
-        soon(async { tokio::join!(client.connect(&target), accepted(&server)) }).await;
+    let (near, far) = soon(async { tokio::join!(client.connect(&target), accepted(&server)) }).await;
     assert_alive(&near.unwrap().connection, &far.unwrap().connection).await;
-    let nowhere = client
-        .connect(&Target {
-            addresses: vec![],
-            ..target
-        })
-        .await;
+    let nowhere = client.connect(&Target { addresses: vec![], ..target }).await;
     assert_eq!(nowhere.unwrap_err().to_string(), "no address to connect to");
 }
 
@@ -680,10 +527,7 @@ async fn a_closed_server_says_so_to_everybody() {
     pair.server.close(CloseCode::GoingAway, "restarting");
     assert!(pair.server.accept().await.is_none());
     let ended = soon(pair.near.connection.closed()).await;
-    assert_eq!(
-        ended.to_string(),
-        "peer closed the connection: going away: restarting"
-    );
+    assert_eq!(ended.to_string(), "peer closed the connection: going away: restarting");
     soon(pair.server.wait_idle()).await;
 }
 
@@ -710,37 +554,24 @@ impl Seen {
     /// Datagrams and bytes that went this way.
     fn totals(&self, direction: Direction) -> (u64, u64) {
         let pieces = self.0.lock().unwrap();
-        let lengths = pieces
-            .iter()
-            .filter(|(way, _)| *way == direction)
-            .map(|(_, b)| b.len());
-        lengths.fold((0, 0), |(count, sum), len| {
-            (count + 1, sum + u64::try_from(len).unwrap())
-        })
+        let lengths = pieces.iter().filter(|(way, _)| *way == direction).map(|(_, b)| b.len());
+        lengths.fold((0, 0), |(count, sum), len| (count + 1, sum + u64::try_from(len).unwrap()))
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn taps_see_plaintext_before_tls_and_none_of_it_on_the_wire() {
     let (datagrams, streams) = (Seen::default(), Seen::default());
-    let taps = Taps {
-        datagrams: datagrams.tap(),
-        streams: streams.tap(),
-    };
+    let taps = Taps { datagrams: datagrams.tap(), streams: streams.tap() };
     let pair = pair_with(taps).await;
     let canary = b"the canary sings at dawn";
     let echo = b"and the echo at dusk";
     let (mut send, mut receive) = pair.near.connection.open_control().await.unwrap();
-    send.write_frame(&Frame::Hello(Bytes::from_static(canary)))
-        .await
-        .unwrap();
+    send.write_frame(&Frame::Hello(Bytes::from_static(canary))).await.unwrap();
     let (mut answer, mut control) = pair.far.connection.accept_control().await.unwrap();
     control.read_frame().await.unwrap().unwrap();
     answer.write_record(record(1, 0, 0)).await.unwrap();
-    answer
-        .write_frame(&Frame::Refused(Bytes::from_static(echo)))
-        .await
-        .unwrap();
+    answer.write_frame(&Frame::Refused(Bytes::from_static(echo))).await.unwrap();
     receive.read_record(&mut BytesMut::new()).await.unwrap();
     receive.read_frame().await.unwrap().unwrap();
 
@@ -760,15 +591,8 @@ async fn taps_see_plaintext_before_tls_and_none_of_it_on_the_wire() {
 async fn the_meter_counts_every_byte_and_datagram() {
     let seen = Seen::default();
     let fleet = Fleet::new();
-    let taps = Taps {
-        datagrams: seen.tap(),
-        streams: None,
-    };
-    let server = Server::bind(ServerOptions {
-        taps,
-        ..fleet.options()
-    })
-    .unwrap();
+    let taps = Taps { datagrams: seen.tap(), streams: None };
+    let server = Server::bind(ServerOptions { taps, ..fleet.options() }).unwrap();
     let client = client();
     let target = fleet.main(address(&server));
     let (near, far) = tokio::join!(client.connect(&target), accepted(&server));
@@ -793,34 +617,20 @@ async fn the_meter_counts_every_byte_and_datagram() {
     soon(server.wait_idle()).await;
 
     let totals = server.traffic();
-    assert_eq!(
-        seen.totals(Direction::Sent),
-        (totals.sent_datagrams, totals.sent_bytes)
-    );
-    assert_eq!(
-        seen.totals(Direction::Received),
-        (totals.received_datagrams, totals.received_bytes)
-    );
+    assert_eq!(seen.totals(Direction::Sent), (totals.sent_datagrams, totals.sent_bytes));
+    assert_eq!(seen.totals(Direction::Received), (totals.received_datagrams, totals.received_bytes));
     assert!(totals.received_bytes > 20 * 65_536, "{totals:?}");
     // Datagrams can be lost even on loopback, where a socket's buffer is full.
     assert!(client.traffic().sent_bytes >= totals.received_bytes);
     let stats = far.connection.stats();
     assert!(stats.received_bytes <= totals.received_bytes && stats.received_bytes > 20 * 65_536);
-    assert!(
-        stats.rtt > Duration::ZERO && stats.sent_packets > 0,
-        "{stats:?}"
-    );
+    assert!(stats.rtt > Duration::ZERO && stats.sent_packets > 0, "{stats:?}");
 }
 
 /// A client whose server dies without a word, and one that takes its place with these keys. The
 /// client's connection then, after its end or a moment.
 fn after_a_crash(keys_then: [u8; ResetKeys::BYTES]) -> Option<Ended> {
-    let runtime = || {
-        tokio::runtime::Builder::new_multi_thread()
-            .enable_all()
-            .build()
-            .unwrap()
-    };
+    let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let (alive, doomed) = (runtime(), runtime());
     let fleet = Fleet::new();
     let server = doomed.block_on(async { Arc::new(fleet.serve()) });
@@ -831,10 +641,7 @@ fn after_a_crash(keys_then: [u8; ResetKeys::BYTES]) -> Option<Ended> {
     });
     // What a worker's beats do while it has a task: it speaks soon after the restart.
     let keep_alive = Duration::from_millis(50);
-    let options = ClientOptions {
-        keep_alive,
-        ..ClientOptions::default()
-    };
+    let options = ClientOptions { keep_alive, ..ClientOptions::default() };
     let (_client, near) = alive.block_on(async {
         let client = Client::bind(options).unwrap();
         let near = client.connect(&fleet.main(address)).await.unwrap();
@@ -845,15 +652,10 @@ fn after_a_crash(keys_then: [u8; ResetKeys::BYTES]) -> Option<Ended> {
     doomed.shutdown_timeout(SOON);
     drop((far, server));
     alive.block_on(async {
-        let options = ServerOptions {
-            listen: address,
-            reset_keys: ResetKeys::from_bytes(&keys_then),
-            ..fleet.options()
-        };
+        let options =
+            ServerOptions { listen: address, reset_keys: ResetKeys::from_bytes(&keys_then), ..fleet.options() };
         let _restarted = Server::bind(options).unwrap();
-        tokio::time::timeout(Duration::from_secs(2), near.connection.closed())
-            .await
-            .ok()
+        tokio::time::timeout(Duration::from_secs(2), near.connection.closed()).await.ok()
     })
 }
 
@@ -869,17 +671,11 @@ fn a_server_with_other_keys_leaves_them_to_the_idle_timeout() {
 
 #[test]
 fn a_port_that_is_taken_is_named() {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let fleet = Fleet::new();
         let server = fleet.serve();
-        let options = ServerOptions {
-            listen: address(&server),
-            ..fleet.options()
-        };
+        let options = ServerOptions { listen: address(&server), ..fleet.options() };
         let taken = Server::bind(options).unwrap_err().to_string();
         assert!(taken.starts_with(&address(&server).to_string()), "{taken}");
     });
