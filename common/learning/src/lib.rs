@@ -1,1 +1,22 @@
-//! Model specs, data, training and evaluation on candle.
+//! What is learned, and from what: data files, the encoding that a fleet shares, models, training, evaluation.
+//!
+//! candle lives in this crate and nowhere else, and none of its types leave it: weights come and go as slices of
+//! `f32` in layout order. There is no network, no clock and no entropy here; whatever is random is drawn under a key
+//! ([`protocol::draw`]). A row's way is: [`Table`] → [`Dataset`] → [`Survey`] → [`merge`] → [`Schema`] → [`Rows`] →
+//! model.
+
+mod cell;
+mod dataset;
+mod encoding;
+mod error;
+mod records;
+mod schema;
+mod survey;
+mod table;
+
+pub use dataset::{Dataset, Note};
+pub use encoding::{Rows, RowsError, Shard};
+pub use error::DataError;
+pub use schema::{ColumnSchema, DropReason, Dropped, Encoding, Frozen, MergeError, Schema, SchemaError, Target, merge};
+pub use survey::{CATEGORIES_MAX, CLASSES_MAX, MIN_COUNT, Survey, SurveyError};
+pub use table::Table;

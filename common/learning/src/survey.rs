@@ -1,0 +1,394 @@
+//! What one worker says of its columns before round 1, so that the fleet can share one encoding.
+//!
+//! Counts, means, sums of squares and category counts of the training rows: never a row. What leaves is bounded here,
+//! where the data is: a category seen fewer than `min_count` times is not named, at most [`CATEGORIES_MAX`] are named a
+//! column, of mostly-unique text nothing is. Classes are always named. Whoever receives a survey checks it as any
+//! other peer's word ([`Survey::from_bytes`]).
+
+use std::collections::{BTreeMap, HashMap};
+
+use protocol::limits::SURVEY_BYTES_MAX;
+use protocol::messages::{DecodeError, decode, encode};
+use serde::{Deserialize, Serialize};
+
+use crate::cell::{Cell, written};
+use crate::dataset::{Dataset, Note};
+use crate::error::DataError;
+use crate::records::{COLUMN_NAME_LEN_MAX, COLUMNS_MAX};
+use crate::table::{Column, Table};
+
+/// How often a category must be seen to be named, unless the worker's owner says otherwise.
+pub const MIN_COUNT: u64 = 5;
+
+/// The most categories of a column that are named, by one worker and in the schema.
+pub const CATEGORIES_MAX: usize = 256;
+
+/// The most classes.
+pub const CLASSES_MAX: usize = 1000;
+
+/// The longest category or class, in bytes; a longer category is not named.
+pub(crate) const CATEGORY_LEN_MAX: usize = 256;
+
+/// Text with fewer values than this is never called mostly unique.
+const MOSTLY_UNIQUE_FROM: usize = 20;
+
+/// One worker's column statistics.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Survey {
+    pub(crate) label: String,
+    pub(crate) training_rows: u64,
+    pub(crate) held_out_rows: u64,
+    pub(crate) target: TargetSurvey,
+    /// Sorted by name.
+    pub(crate) columns: Vec<ColumnSurvey>,
+}
+
+/// Of the label.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct TargetSurvey {
+    /// Present if all labels are numbers; over training rows.
+    pub(crate) numbers: Option<Moments>,
+    /// All labels are whole numbers.
+    pub(crate) whole: bool,
+    /// How many different labels there are.
+    pub(crate) distinct: u64,
+    /// Their names, held-out rows' too, with how many training rows have them; empty with more than [`CLASSES_MAX`].
+    pub(crate) classes: Vec<(String, u64)>,
+}
+
+/// Of one column.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ColumnSurvey {
+    pub(crate) name: String,
+    /// Training rows without a value.
+    pub(crate) missing: u64,
+    pub(crate) content: Content,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Content {
+    /// No value in any row.
+    Empty,
+    /// Numbers. The categories are for the case that the column is text elsewhere, and empty with too many of them.
+    Numeric { moments: Moments, named: Vec<(String, u64)> },
+    /// Text, or numbers that the configuration calls names.
+    Categorical { named: Vec<(String, u64)>, mostly_unique: bool },
+}
+
+/// Count, mean and the sum of squared differences from the mean.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Moments {
+    pub(crate) count: u64,
+    pub(crate) mean: f64,
+    pub(crate) m2: f64,
+}
+
+impl Survey {
+    /// Training rows behind it.
+    #[must_use]
+    pub fn training_rows(&self) -> u64 {
+        self.training_rows
+    }
+
+    /// Rows held out for evaluation.
+    #[must_use]
+    pub fn held_out_rows(&self) -> u64 {
+        self.held_out_rows
+    }
+
+    /// The label column that this worker proposes.
+    #[must_use]
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// The payload.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        encode(self)
+    }
+
+    /// The survey that a worker sent.
+    ///
+    /// # Errors
+    /// If `bytes` are longer than [`SURVEY_BYTES_MAX`], no survey, or one that no honest worker makes.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, SurveyError> {
+        if bytes.len() as u64 > SURVEY_BYTES_MAX {
+            return Err(SurveyError::TooLong { got: bytes.len() as u64 });
+        }
+        let survey: Self = decode(bytes)?;
+        survey.check()?;
+        Ok(survey)
+    }
+
+    fn check(&self) -> Result<(), SurveyError> {
+        let wrong = |what| Err(SurveyError::Contradiction { what });
+        let sorted = self.columns.windows(2).all(|pair| pair[0].name < pair[1].name);
+        let names = self.columns.iter().map(|column| &column.name).chain([&self.label]);
+        if !sorted || self.columns.len() > COLUMNS_MAX {
+            return wrong("its columns are not sorted, or too many");
+        }
+        if names.into_iter().any(|name| !(1..=COLUMN_NAME_LEN_MAX).contains(&name.len())) {
+            return wrong("a column's name is empty or too long");
+        }
+        if self.training_rows == 0 || !self.target.fits(self.training_rows) {
+            return wrong("its label does not fit its rows");
+        }
+        if !self.columns.iter().all(|column| column.fits(self.training_rows)) {
+            return wrong("a column does not fit its rows");
+        }
+        Ok(())
+    }
+}
+
+/// Why some bytes are no survey.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SurveyError {
+    /// Longer than may be.
+    #[error("a survey of {got} bytes, the most is {SURVEY_BYTES_MAX}")]
+    TooLong {
+        /// How long.
+        got: u64,
+    },
+    /// Not one.
+    #[error("not a survey")]
+    Unreadable(#[from] DecodeError),
+    /// One that no honest worker makes.
+    #[error("a survey contradicts itself: {what}")]
+    Contradiction {
+        /// Where.
+        what: &'static str,
+    },
+}
+
+impl TargetSurvey {
+    fn fits(&self, rows: u64) -> bool {
+        let named: Option<u64> = self.classes.iter().try_fold(0u64, |sum, (_, count)| sum.checked_add(*count));
+        let complete = self.classes.is_empty() || named == Some(rows) && self.distinct == self.classes.len() as u64;
+        self.distinct > 0
+            && complete
+            && names_fit(&self.classes, CLASSES_MAX)
+            && self.numbers.is_none_or(|moments| moments.fits(rows) && moments.count == rows)
+    }
+}
+
+impl ColumnSurvey {
+    fn fits(&self, rows: u64) -> bool {
+        let moments_fit = match &self.content {
+            Content::Numeric { moments, .. } => {
+                moments.fits(rows) && moments.count.checked_add(self.missing) == Some(rows)
+            }
+            _ => true,
+        };
+        self.missing <= rows && moments_fit && names_fit(self.content.named(), CATEGORIES_MAX)
+    }
+}
+
+impl Content {
+    pub(crate) fn named(&self) -> &[(String, u64)] {
+        match self {
+            Self::Empty => &[],
+            Self::Numeric { named, .. } | Self::Categorical { named, .. } => named,
+        }
+    }
+}
+
+fn names_fit(named: &[(String, u64)], max: usize) -> bool {
+    named.len() <= max
+        && named.windows(2).all(|pair| pair[0].0 < pair[1].0)
+        && named.iter().all(|(name, _)| (1..=CATEGORY_LEN_MAX).contains(&name.len()))
+}
+
+impl Moments {
+    /// Welford's update (Welford 1962).
+    #[allow(clippy::cast_precision_loss)] // counts of rows stay below 2^53
+    pub(crate) fn add(&mut self, x: f64) {
+        self.count += 1;
+        let delta = x - self.mean;
+        self.mean += delta / self.count as f64;
+        self.m2 += delta * (x - self.mean);
+    }
+
+    /// Both together (Chan, Golub and LeVeque 1979, formula 2.1).
+    #[allow(clippy::cast_precision_loss)] // counts of rows stay below 2^53
+    pub(crate) fn merge(self, other: Self) -> Self {
+        if self.count == 0 || other.count == 0 {
+            return if self.count == 0 { other } else { self };
+        }
+        let count = self.count.saturating_add(other.count);
+        let delta = other.mean - self.mean;
+        let share = other.count as f64 / count as f64;
+        Self {
+            count,
+            mean: self.mean + delta * share,
+            m2: self.m2 + other.m2 + delta * delta * self.count as f64 * share,
+        }
+    }
+
+    /// The standard deviation of the rows themselves; 1 for a constant, which then encodes to 0.
+    #[allow(clippy::cast_precision_loss)] // counts of rows stay below 2^53
+    pub(crate) fn deviation(&self) -> f64 {
+        let deviation = (self.m2 / self.count as f64).sqrt();
+        // Below this the differences are the rounding of the mean, not the data's.
+        if deviation > self.mean.abs() * 1e-12 { deviation } else { 1.0 }
+    }
+
+    fn is_finite(&self) -> bool {
+        self.mean.is_finite() && self.m2.is_finite()
+    }
+
+    fn fits(&self, rows: u64) -> bool {
+        self.is_finite() && self.m2 >= 0.0 && self.count <= rows
+    }
+}
+
+impl Dataset {
+    /// The survey of the training rows; a category is named from `min_count` on.
+    ///
+    /// # Errors
+    /// If a column's squares overflow, a label has too many classes or too long ones, or the whole is too large.
+    pub fn survey(&mut self, min_count: u64) -> Result<Survey, DataError> {
+        let surveyed = self.features().map(|column| self.survey_column(column, min_count));
+        let (mut columns, notes): (Vec<_>, Vec<_>) = surveyed.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+        columns.sort_by(|a: &ColumnSurvey, b| a.name.cmp(&b.name));
+        let survey = Survey {
+            label: self.label.clone(),
+            training_rows: self.training.len() as u64,
+            held_out_rows: self.held_out.len() as u64,
+            target: self.survey_target()?,
+            columns,
+        };
+        notes.into_iter().flatten().for_each(|note| self.note(note));
+        let got = survey.to_bytes().len() as u64;
+        if got > SURVEY_BYTES_MAX {
+            return Err(DataError::SurveyTooLarge { path: self.table.path().to_owned(), got, max: SURVEY_BYTES_MAX });
+        }
+        Ok(survey)
+    }
+
+    fn survey_column(&self, column: &Column, min_count: u64) -> Result<(ColumnSurvey, Option<Note>), DataError> {
+        let name = column.name.clone();
+        let seen = count_categories(column, &self.training);
+        let rows = seen.values().sum();
+        let missing = self.training.len() as u64 - rows;
+        let numeric = column.is_numeric() && !self.spec.categorical.contains(&name);
+        let (content, note) = if column.is_all_missing() {
+            (Content::Empty, None)
+        } else if numeric {
+            let moments = moments(&self.table, column, &self.training)?;
+            let named = if seen.len() <= CATEGORIES_MAX { named(seen, min_count) } else { Vec::new() };
+            (Content::Numeric { moments, named }, None)
+        } else if seen.len() >= MOSTLY_UNIQUE_FROM && seen.len() as u64 * 2 > rows {
+            let note = Note::MostlyUnique {
+                path: self.table.path().to_owned(),
+                column: name.clone(),
+                distinct: seen.len(),
+                rows,
+            };
+            (Content::Categorical { named: Vec::new(), mostly_unique: true }, Some(note))
+        } else {
+            (Content::Categorical { named: named(seen, min_count), mostly_unique: false }, None)
+        };
+        Ok((ColumnSurvey { name, missing, content }, note))
+    }
+
+    fn survey_target(&self) -> Result<TargetSurvey, DataError> {
+        let label = self.label_column();
+        let numbers = match label.is_numeric() {
+            true => Some(moments(&self.table, label, &self.training)?),
+            false => None,
+        };
+        let whole = self.labelled().all(|row| matches!(label.cell(row), Cell::Number(x) if x.fract() == 0.0));
+        let mut classes = count_categories(label, &self.training);
+        for row in &self.held_out {
+            classes.entry(key(label.cell(*row))).or_default();
+        }
+        classes.remove(&Key::Missing);
+        let distinct = classes.len() as u64;
+        let may_be_classes = distinct <= CLASSES_MAX as u64 && (whole || numbers.is_none());
+        self.check_classes(numbers.is_none(), classes.len())?;
+        let classes = if may_be_classes { all_named(classes) } else { Vec::new() };
+        Ok(TargetSurvey { numbers, whole, distinct, classes })
+    }
+
+    fn check_classes(&self, text: bool, got: usize) -> Result<(), DataError> {
+        let (path, column) = (self.table.path().to_owned(), self.label.clone());
+        let classes = text || self.spec.task == Some(protocol::plan::LearningTask::Classification);
+        if classes && got > CLASSES_MAX {
+            return Err(DataError::TooManyClasses { path, column, got, max: CLASSES_MAX });
+        }
+        let label = self.label_column();
+        let length = |row: usize| if let Cell::Word(word) = label.cell(row) { word.len() } else { 0 };
+        match self.labelled().find(|&row| length(row) > CATEGORY_LEN_MAX) {
+            Some(row) => {
+                let (line, got) = (self.table.line(row), length(row));
+                Err(DataError::ClassName { path, line, column, got, max: CATEGORY_LEN_MAX })
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// A category before it is written out: numbers by their bits, which are one for each value but zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Key<'a> {
+    Missing,
+    Number(u64),
+    Word(&'a str),
+}
+
+fn key(cell: Cell<'_>) -> Key<'_> {
+    match cell {
+        Cell::Missing => Key::Missing,
+        Cell::Number(0.0) => Key::Number(0),
+        Cell::Number(number) => Key::Number(number.to_bits()),
+        Cell::Word(word) => Key::Word(word),
+    }
+}
+
+fn count_categories<'a>(column: &'a Column, rows: &[usize]) -> HashMap<Key<'a>, u64> {
+    let mut counts = HashMap::new();
+    for row in rows {
+        *counts.entry(key(column.cell(*row))).or_default() += 1;
+    }
+    counts.remove(&Key::Missing);
+    counts
+}
+
+fn all_named(counts: HashMap<Key<'_>, u64>) -> Vec<(String, u64)> {
+    let written = counts.into_iter().filter_map(|(key, count)| match key {
+        Key::Missing => None,
+        Key::Number(bits) => Some((written(f64::from_bits(bits)), count)),
+        Key::Word(word) => Some((word.to_owned(), count)),
+    });
+    written.collect::<BTreeMap<_, _>>().into_iter().collect()
+}
+
+/// The categories that may be named, sorted.
+fn named(counts: HashMap<Key<'_>, u64>, min_count: u64) -> Vec<(String, u64)> {
+    let mut named = all_named(counts);
+    named.retain(|(name, count)| *count >= min_count && name.len() <= CATEGORY_LEN_MAX);
+    most_frequent(named)
+}
+
+/// At most [`CATEGORIES_MAX`] of `named`, the most frequent, sorted by name.
+pub(crate) fn most_frequent(mut named: Vec<(String, u64)>) -> Vec<(String, u64)> {
+    named.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+    named.truncate(CATEGORIES_MAX);
+    named.sort_by(|a, b| a.0.cmp(&b.0));
+    named
+}
+
+fn moments(table: &Table, column: &Column, rows: &[usize]) -> Result<Moments, DataError> {
+    let mut moments = Moments::default();
+    for row in rows {
+        if let Cell::Number(number) = column.cell(*row) {
+            moments.add(number);
+        }
+    }
+    if moments.is_finite() {
+        Ok(moments)
+    } else {
+        Err(DataError::TooLarge { path: table.path().to_owned(), column: column.name.clone() })
+    }
+}
