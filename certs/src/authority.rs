@@ -12,9 +12,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ed25519_dalek::Signer as _;
 use rcgen::string::Ia5String;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyUsagePurpose, PKCS_ED25519, PublicKeyData, SanType, SerialNumber,
-    SignatureAlgorithm,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyUsagePurpose, PKCS_ED25519, PublicKeyData, SanType, SerialNumber, SignatureAlgorithm,
 };
 use rustls::pki_types::CertificateDer;
 use sha2::{Digest as _, Sha256};
@@ -56,10 +55,7 @@ impl Ca {
     }
 
     /// Rebuilds an authority from its key and the certificate that [`Ca::certificate`] gave.
-    pub fn load(
-        key: &IdentityKey,
-        certificate: CertificateDer<'static>,
-    ) -> Result<Self, CertError> {
+    pub fn load(key: &IdentityKey, certificate: CertificateDer<'static>) -> Result<Self, CertError> {
         let issuer = Issuer::new(ca_params(), Signer::new(key));
         let parsed = webpki::anchor_from_trusted_cert(&certificate)
             .map_err(|error| CertError::NotACertificate(error.to_string()))?;
@@ -67,15 +63,10 @@ impl Ca {
         let ours = Self::self_sign(key, UNIX_EPOCH)?;
         let expected = webpki::anchor_from_trusted_cert(&ours.certificate)
             .map_err(|error| CertError::NotACertificate(error.to_string()))?;
-        if parsed.subject_public_key_info != expected.subject_public_key_info
-            || parsed.subject != expected.subject
-        {
+        if parsed.subject_public_key_info != expected.subject_public_key_info || parsed.subject != expected.subject {
             return Err(CertError::NotOfThisKey);
         }
-        Ok(Self {
-            certificate,
-            issuer,
-        })
+        Ok(Self { certificate, issuer })
     }
 
     /// Loads `ca.key` and `ca.der` from `directory`, or makes them there at the first start.
@@ -91,7 +82,7 @@ impl Ca {
             }
             None => {
                 let ca = Self::self_sign(&keys::load_or_create(&key_path)?, now)?;
-                keys::write_durably(&certificate_path, &ca.certificate)?;
+                keys::write_private(&certificate_path, &ca.certificate)?;
                 Ok(ca)
             }
         }
@@ -111,11 +102,7 @@ impl Ca {
     ///
     /// Calling it again with the same key is renewal. The caller has seen that the worker holds the
     /// private key.
-    pub fn issue_worker(
-        &self,
-        public: &[u8; 32],
-        now: SystemTime,
-    ) -> Result<CertificateDer<'static>, CertError> {
+    pub fn issue_worker(&self, public: &[u8; 32], now: SystemTime) -> Result<CertificateDer<'static>, CertError> {
         let id = hex(&worker_id(public));
         let uri = Ia5String::try_from(format!("{WORKER_URI_PREFIX}{id}"))?;
         self.issue(Leaf {
@@ -129,11 +116,7 @@ impl Ca {
 
     /// Signs the coordinator's key for [`SERVER_NAME`]: server authentication only, for
     /// [`CERTIFICATE_DAYS`]. Calling it again with the same key is renewal.
-    pub fn issue_coordinator(
-        &self,
-        public: &[u8; 32],
-        now: SystemTime,
-    ) -> Result<CertificateDer<'static>, CertError> {
+    pub fn issue_coordinator(&self, public: &[u8; 32], now: SystemTime) -> Result<CertificateDer<'static>, CertError> {
         self.issue(Leaf {
             public,
             common_name: "tributary coordinator",
@@ -149,10 +132,7 @@ impl Ca {
         params.serial_number = Some(random_serial()?);
         let certificate = params.self_signed(&Signer::new(key))?.der().clone();
         let issuer = Issuer::new(params, Signer::new(key));
-        Ok(Self {
-            certificate,
-            issuer,
-        })
+        Ok(Self { certificate, issuer })
     }
 
     fn issue(&self, leaf: Leaf<'_>) -> Result<CertificateDer<'static>, CertError> {
@@ -175,10 +155,7 @@ impl Ca {
 
 impl fmt::Debug for Ca {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Ca")
-            .field("fingerprint", &hex(&self.fingerprint()))
-            .field("key", &"[redacted]")
-            .finish()
+        f.debug_struct("Ca").field("fingerprint", &hex(&self.fingerprint())).field("key", &"[redacted]").finish()
     }
 }
 
@@ -192,9 +169,7 @@ pub fn fingerprint(certificate: &CertificateDer<'_>) -> [u8; 32] {
 #[non_exhaustive]
 pub enum CertError {
     /// The public key is not the encoding of a point, or one of low order: anybody could sign for it.
-    #[error(
-        "Ed25519 public key is not a usable point of the curve: no certificate is issued for it"
-    )]
+    #[error("Ed25519 public key is not a usable point of the curve: no certificate is issued for it")]
     WeakKey,
     /// The stored CA certificate does not parse.
     #[error("CA certificate does not parse: {0}")]
@@ -248,9 +223,7 @@ fn validity(now: SystemTime, days: u64) -> Result<(OffsetDateTime, OffsetDateTim
     let out_of_range = || CertError::ClockOutOfRange(now);
     let since = now.duration_since(UNIX_EPOCH).map_err(|_| out_of_range())?;
     let from = since.saturating_sub(Duration::from_secs(BACKDATE_S));
-    let until = since
-        .checked_add(Duration::from_secs(days * DAY_S))
-        .ok_or_else(out_of_range)?;
+    let until = since.checked_add(Duration::from_secs(days * DAY_S)).ok_or_else(out_of_range)?;
     let date = |at: Duration| {
         let seconds = i64::try_from(at.as_secs()).map_err(|_| out_of_range())?;
         OffsetDateTime::from_unix_timestamp(seconds).map_err(|_| out_of_range())
@@ -280,10 +253,7 @@ struct Signer {
 
 impl Signer {
     fn new(key: &IdentityKey) -> Self {
-        Self {
-            key: key.signing_key().clone(),
-            public: key.public(),
-        }
+        Self { key: key.signing_key().clone(), public: key.public() }
     }
 }
 
@@ -375,10 +345,7 @@ mod tests {
         let far = UNIX_EPOCH + Duration::from_secs(1 << 40);
         for now in [before, far] {
             let refused = ca.issue_worker(&key.public(), now);
-            assert!(
-                matches!(refused, Err(CertError::ClockOutOfRange(_))),
-                "{now:?}"
-            );
+            assert!(matches!(refused, Err(CertError::ClockOutOfRange(_))), "{now:?}");
         }
     }
 

@@ -1,19 +1,19 @@
-//! Reading a worker's identity back out of a certificate that rustls has verified.
+//! Reading a worker's identity, and a date, back out of a certificate that rustls has verified.
 //!
 //! A worker's id is SHA-256 of its Ed25519 public key, cut to 16 bytes, so id and key name each other:
 //! a certificate in which they disagree is refused, whoever signed it.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use ed25519_dalek::VerifyingKey;
-use rustls::pki_types::CertificateDer;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use sha2::{Digest as _, Sha256};
 
 /// A worker certificate's one URI name is this, followed by the id as 32 lower-case hex digits.
 pub const WORKER_URI_PREFIX: &str = "tributary://worker/";
 
 /// The DER that stands before the 32 bytes of every Ed25519 public key (RFC 8410 section 4).
-const ED25519_SPKI_PREFIX: [u8; 12] = [
-    0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00,
-];
+const ED25519_SPKI_PREFIX: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 
 /// Who a worker certificate speaks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,20 +41,32 @@ pub fn worker_identity(certificate: &CertificateDer<'_>) -> Result<WorkerIdentit
     let public = ed25519_public(&parsed.subject_public_key_info())?;
     let mut names = parsed.valid_uri_names();
     let (Some(name), None) = (names.next(), names.next()) else {
-        return Err(IdentityError::NotOneUriName(
-            parsed.valid_uri_names().count(),
-        ));
+        return Err(IdentityError::NotOneUriName(parsed.valid_uri_names().count()));
     };
     let id = worker_id(&public);
     match name.strip_prefix(WORKER_URI_PREFIX) {
         Some(named) if named == hex(&id) => Ok(WorkerIdentity { id, public }),
-        Some(named) => Err(IdentityError::IdOfAnotherKey {
-            got: named.to_owned(),
-            expected: hex(&id),
-        }),
+        Some(named) => Err(IdentityError::IdOfAnotherKey { got: named.to_owned(), expected: hex(&id) }),
         None => Err(IdentityError::NotAWorker(name.to_owned())),
     }
 }
+
+/// When a certificate of either side stops to be valid, so that it can be renewed in time.
+pub fn not_after(certificate: &CertificateDer<'_>) -> Result<SystemTime, IdentityError> {
+    let unreadable = |error: webpki::Error| IdentityError::NotACertificate(error.to_string());
+    let parsed = webpki::EndEntityCert::try_from(certificate).map_err(unreadable)?;
+    // webpki tells the date to nobody but those who come too late.
+    let (algorithms, usage) = (webpki::ALL_VERIFICATION_ALGS, webpki::KeyUsage::client_auth());
+    let verified = parsed.verify_for_usage(algorithms, &[], &[], AFTER_ALL_DATES, usage, None, None);
+    match verified {
+        Err(webpki::Error::CertExpired { not_after, .. }) => Ok(UNIX_EPOCH + Duration::from_secs(not_after.as_secs())),
+        Err(other) => Err(unreadable(other)),
+        Ok(_) => Err(unreadable(webpki::Error::BadDer)),
+    }
+}
+
+/// After the last second that a certificate can name, 9999-12-31T23:59:59Z.
+const AFTER_ALL_DATES: UnixTime = UnixTime::since_unix_epoch(Duration::from_secs(253_402_300_800));
 
 /// Why a certificate names no worker.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -114,15 +126,9 @@ mod tests {
     use super::*;
 
     /// A self-signed certificate with these URI names, by a fresh key of rcgen's own.
-    fn with_uris(
-        uris: &[&str],
-        algorithm: &'static rcgen::SignatureAlgorithm,
-    ) -> CertificateDer<'static> {
+    fn with_uris(uris: &[&str], algorithm: &'static rcgen::SignatureAlgorithm) -> CertificateDer<'static> {
         let mut params = CertificateParams::default();
-        params.subject_alt_names = uris
-            .iter()
-            .map(|uri| SanType::URI((*uri).try_into().unwrap()))
-            .collect();
+        params.subject_alt_names = uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
         let key = KeyPair::generate_for(algorithm).unwrap();
         params.self_signed(&key).unwrap().der().clone()
     }
@@ -131,10 +137,7 @@ mod tests {
     fn exactly_one_uri_name_is_expected() {
         let none = with_uris(&[], &PKCS_ED25519);
         assert_eq!(worker_identity(&none), Err(IdentityError::NotOneUriName(0)));
-        let two = with_uris(
-            &["tributary://worker/a", "tributary://worker/b"],
-            &PKCS_ED25519,
-        );
+        let two = with_uris(&["tributary://worker/a", "tributary://worker/b"], &PKCS_ED25519);
         assert_eq!(worker_identity(&two), Err(IdentityError::NotOneUriName(2)));
     }
 
@@ -143,19 +146,13 @@ mod tests {
         let id = "00112233445566778899aabbccddeeff";
         let forged = with_uris(&[&format!("{WORKER_URI_PREFIX}{id}")], &PKCS_ED25519);
         let refused = worker_identity(&forged).unwrap_err();
-        assert!(
-            matches!(&refused, IdentityError::IdOfAnotherKey { got, .. } if got == id),
-            "{refused}"
-        );
+        assert!(matches!(&refused, IdentityError::IdOfAnotherKey { got, .. } if got == id), "{refused}");
     }
 
     #[test]
     fn a_uri_that_is_not_a_workers_is_refused() {
         let other = with_uris(&["spiffe://example/worker"], &PKCS_ED25519);
-        assert!(matches!(
-            worker_identity(&other),
-            Err(IdentityError::NotAWorker(_))
-        ));
+        assert!(matches!(worker_identity(&other), Err(IdentityError::NotAWorker(_))));
     }
 
     #[test]

@@ -24,9 +24,8 @@ pub const FILE_BYTES_MAX: u64 = 8 * 1024;
 
 /// The DER that stands before the 32 bytes of an X25519 private key (RFC 8410 section 7): version 0,
 /// algorithm 1.3.101.110, an octet string in an octet string.
-const X25519_PKCS8_PREFIX: [u8; 16] = [
-    0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x6e, 0x04, 0x22, 0x04, 0x20,
-];
+const X25519_PKCS8_PREFIX: [u8; 16] =
+    [0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x6e, 0x04, 0x22, 0x04, 0x20];
 
 /// A private key that can be made, and kept as PKCS#8.
 pub trait PrivateKey: Sized {
@@ -82,10 +81,7 @@ impl PrivateKey for IdentityKey {
     }
 
     fn to_pkcs8(&self) -> Result<Zeroizing<Vec<u8>>, KeyError> {
-        let document = self
-            .0
-            .to_pkcs8_der()
-            .map_err(|_| KeyError::NotPkcs8("Ed25519"))?;
+        let document = self.0.to_pkcs8_der().map_err(|_| KeyError::NotPkcs8("Ed25519"))?;
         Ok(document.to_bytes())
     }
 }
@@ -169,7 +165,21 @@ pub fn load<K: PrivateKey>(path: &Path) -> Result<K, KeyFileError> {
 /// Keeps the key in `path`, mode 0600; it is durable when this returns.
 pub fn save<K: PrivateKey>(path: &Path, key: &K) -> Result<(), KeyFileError> {
     let der = key.to_pkcs8().map_err(|source| key_error(path, source))?;
-    write_durably(path, &der)
+    write_private(path, &der)
+}
+
+/// Reads the `N` secret bytes in `path`, or draws them and keeps them there: for secrets that are not
+/// key pairs, such as the keys of stateless resets.
+pub fn load_or_create_secret<const N: usize>(path: &Path) -> Result<Zeroizing<[u8; N]>, KeyFileError> {
+    let Some(kept) = read_private(path)? else {
+        let secret = random_bytes().map_err(|source| key_error(path, source))?;
+        write_private(path, secret.as_ref())?;
+        return Ok(secret);
+    };
+    let got = kept.len();
+    let secret =
+        <[u8; N]>::try_from(&kept[..]).map_err(|_| key_error(path, KeyError::WrongLength { got, expected: N }))?;
+    Ok(Zeroizing::new(secret))
 }
 
 /// Why a key could not be made, read or written.
@@ -182,6 +192,14 @@ pub enum KeyError {
     /// The bytes are not a PKCS#8 key of the named kind.
     #[error("not a PKCS#8 {0} private key in DER")]
     NotPkcs8(&'static str),
+    /// The bytes are not a secret of the expected length.
+    #[error("secret has {got} bytes, expected {expected}")]
+    WrongLength {
+        /// The length found.
+        got: usize,
+        /// The length of such a secret.
+        expected: usize,
+    },
 }
 
 /// Why a key file could not be read or written.
@@ -232,23 +250,18 @@ pub(crate) fn random_bytes<const N: usize>() -> Result<Zeroizing<[u8; N]>, KeyEr
     Ok(bytes)
 }
 
-/// The whole of a small file, or `None` if there is none.
-pub(crate) fn read_bounded(path: &Path) -> Result<Option<Vec<u8>>, KeyFileError> {
+/// The whole of a small file of any mode, such as a certificate; `None` if there is none.
+pub fn read_bounded(path: &Path) -> Result<Option<Vec<u8>>, KeyFileError> {
     let Some(file) = open(path)? else {
         return Ok(None);
     };
     read_open(path, &file).map(|bytes| Some(bytes.to_vec()))
 }
 
-/// Writes aside, syncs, renames, and syncs the directory.
-pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), KeyFileError> {
-    let io = |verb| {
-        move |source| KeyFileError::Io {
-            path: path.to_owned(),
-            verb,
-            source,
-        }
-    };
+/// Writes a small file of mode 0600 aside, syncs it, renames it into its place, and syncs the
+/// directory: it is durable when this returns, and never half there.
+pub fn write_private(path: &Path, bytes: &[u8]) -> Result<(), KeyFileError> {
+    let io = |verb| move |source| KeyFileError::Io { path: path.to_owned(), verb, source };
     let mut aside = path.as_os_str().to_owned();
     aside.push(".aside");
     let aside = PathBuf::from(aside);
@@ -257,12 +270,7 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), KeyFileErro
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io("replace")(error)),
         _ => {}
     }
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&aside)
-        .map_err(io("create"))?;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside).map_err(io("create"))?;
     file.write_all(bytes).map_err(io("write"))?;
     file.sync_all().map_err(io("sync"))?;
     fs::rename(&aside, path).map_err(io("rename"))?;
@@ -280,10 +288,7 @@ fn read_private(path: &Path) -> Result<Option<Zeroizing<Vec<u8>>>, KeyFileError>
     };
     let mode = metadata(path, &file)?.mode() & 0o7777;
     if mode & 0o077 != 0 {
-        return Err(KeyFileError::TooOpen {
-            path: path.to_owned(),
-            mode,
-        });
+        return Err(KeyFileError::TooOpen { path: path.to_owned(), mode });
     }
     read_open(path, &file).map(Some)
 }
@@ -292,20 +297,13 @@ fn open(path: &Path) -> Result<Option<File>, KeyFileError> {
     match File::open(path) {
         Ok(file) => Ok(Some(file)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(KeyFileError::Io {
-            path: path.to_owned(),
-            verb: "open",
-            source,
-        }),
+        Err(source) => Err(KeyFileError::Io { path: path.to_owned(), verb: "open", source }),
     }
 }
 
 fn metadata(path: &Path, file: &File) -> Result<fs::Metadata, KeyFileError> {
-    let metadata = file.metadata().map_err(|source| KeyFileError::Io {
-        path: path.to_owned(),
-        verb: "inspect",
-        source,
-    })?;
+    let metadata =
+        file.metadata().map_err(|source| KeyFileError::Io { path: path.to_owned(), verb: "inspect", source })?;
     if !metadata.is_file() {
         return Err(KeyFileError::NotAFile(path.to_owned()));
     }
@@ -320,13 +318,11 @@ fn read_open(path: &Path, file: &File) -> Result<Zeroizing<Vec<u8>>, KeyFileErro
     // Room for all of it at once: a buffer that grows leaves copies behind that nobody wipes.
     let capacity = usize::try_from(FILE_BYTES_MAX).unwrap_or(usize::MAX);
     let mut bytes = Zeroizing::new(Vec::with_capacity(capacity));
-    file.take(FILE_BYTES_MAX)
-        .read_to_end(&mut bytes)
-        .map_err(|source| KeyFileError::Io {
-            path: path.to_owned(),
-            verb: "read",
-            source,
-        })?;
+    file.take(FILE_BYTES_MAX).read_to_end(&mut bytes).map_err(|source| KeyFileError::Io {
+        path: path.to_owned(),
+        verb: "read",
+        source,
+    })?;
     Ok(bytes)
 }
 
@@ -335,10 +331,7 @@ fn parse<K: PrivateKey>(path: &Path, der: &[u8]) -> Result<K, KeyFileError> {
 }
 
 fn key_error(path: &Path, source: KeyError) -> KeyFileError {
-    KeyFileError::Key {
-        path: path.to_owned(),
-        source,
-    }
+    KeyFileError::Key { path: path.to_owned(), source }
 }
 
 #[cfg(test)]
@@ -361,20 +354,14 @@ mod tests {
     );
 
     fn unhex(text: &str) -> Vec<u8> {
-        (0..text.len())
-            .step_by(2)
-            .map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap())
-            .collect()
+        (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
     }
 
     #[test]
     fn both_kinds_survive_pkcs8_and_back() {
         let identity = IdentityKey::generate().unwrap();
         let back = IdentityKey::from_pkcs8(&identity.to_pkcs8().unwrap()).unwrap();
-        assert_eq!(
-            back.signing_key().to_bytes(),
-            identity.signing_key().to_bytes()
-        );
+        assert_eq!(back.signing_key().to_bytes(), identity.signing_key().to_bytes());
         let session = SessionKey::generate().unwrap();
         let back = SessionKey::from_pkcs8(&session.to_pkcs8().unwrap()).unwrap();
         assert_eq!(back.public(), session.public());
@@ -386,24 +373,15 @@ mod tests {
         assert_eq!(identity.public().to_vec(), unhex(ED25519_RFC8410.1));
         let session = SessionKey::from_pkcs8(&unhex(X25519_OPENSSL.0)).unwrap();
         assert_eq!(session.public().to_vec(), unhex(X25519_OPENSSL.1));
-        assert_eq!(
-            session.to_pkcs8().unwrap().to_vec(),
-            unhex(X25519_OPENSSL.0)
-        );
+        assert_eq!(session.to_pkcs8().unwrap().to_vec(), unhex(X25519_OPENSSL.0));
     }
 
     #[test]
     fn one_kind_is_not_read_as_the_other() {
         let identity = IdentityKey::generate().unwrap().to_pkcs8().unwrap();
         let session = SessionKey::generate().unwrap().to_pkcs8().unwrap();
-        assert!(matches!(
-            SessionKey::from_pkcs8(&identity),
-            Err(KeyError::NotPkcs8("X25519"))
-        ));
-        assert!(matches!(
-            IdentityKey::from_pkcs8(&session),
-            Err(KeyError::NotPkcs8("Ed25519"))
-        ));
+        assert!(matches!(SessionKey::from_pkcs8(&identity), Err(KeyError::NotPkcs8("X25519"))));
+        assert!(matches!(IdentityKey::from_pkcs8(&session), Err(KeyError::NotPkcs8("Ed25519"))));
     }
 
     #[test]
@@ -444,17 +422,28 @@ mod tests {
     fn a_key_file_that_is_none_is_refused_by_name_and_kept() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("session.key");
-        write_durably(&path, b"not a key").unwrap();
+        write_private(&path, b"not a key").unwrap();
         let refused = load_or_create::<SessionKey>(&path).unwrap_err();
         assert!(matches!(refused, KeyFileError::Key { .. }));
         assert_eq!(fs::read(&path).unwrap(), b"not a key");
-        write_durably(&path, &[0; 8 * 1024 + 1]).unwrap();
-        assert!(matches!(
-            load::<SessionKey>(&path),
-            Err(KeyFileError::TooLong(_))
-        ));
+        write_private(&path, &[0; 8 * 1024 + 1]).unwrap();
+        assert!(matches!(load::<SessionKey>(&path), Err(KeyFileError::TooLong(_))));
         let missing = load::<SessionKey>(&directory.path().join("nowhere.key"));
         assert!(matches!(missing, Err(KeyFileError::Missing(_))));
+    }
+
+    #[test]
+    fn a_secret_is_drawn_once_and_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("reset.key");
+        let drawn = load_or_create_secret::<40>(&path).unwrap();
+        assert_ne!(*drawn, [0; 40]);
+        assert_eq!(*load_or_create_secret::<40>(&path).unwrap(), *drawn);
+        let refused = load_or_create_secret::<16>(&path).unwrap_err();
+        assert!(refused.to_string().ends_with("secret has 40 bytes, expected 16"), "{refused}");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o604)).unwrap();
+        let refused = load_or_create_secret::<40>(&path);
+        assert!(matches!(refused, Err(KeyFileError::TooOpen { mode: 0o604, .. })));
     }
 
     #[test]

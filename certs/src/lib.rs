@@ -13,9 +13,7 @@ mod authority;
 mod identity;
 pub mod keys;
 
-pub use authority::{
-    BACKDATE_S, CA_DAYS, CERTIFICATE_DAYS, Ca, CertError, SERVER_NAME, fingerprint,
-};
-pub use identity::{IdentityError, WORKER_URI_PREFIX, WorkerIdentity, worker_id, worker_identity};
+pub use authority::{BACKDATE_S, CA_DAYS, CERTIFICATE_DAYS, Ca, CertError, SERVER_NAME, fingerprint};
+pub use identity::{IdentityError, WORKER_URI_PREFIX, WorkerIdentity, not_after, worker_id, worker_identity};
 pub use keys::{IdentityKey, KeyError, KeyFileError, PrivateKey, SessionKey};
 pub use rustls::pki_types::CertificateDer;
