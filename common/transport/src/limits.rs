@@ -54,7 +54,9 @@ pub const SEND_WINDOW_BYTES: u64 = 2 << 20;
 pub const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
 /// A connection on which nothing arrives for so long is dead.
-pub const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+pub const IDLE_TIMEOUT: Duration = Duration::from_millis(IDLE_TIMEOUT_MS as u64);
+
+pub(crate) const IDLE_TIMEOUT_MS: u32 = 30_000;
 
 /// A client says something this often by default: below the idle timeout, and below the 30 s after which NATs
 /// forget a UDP flow. quinn fixes the interval when a connection begins.

@@ -80,9 +80,10 @@ impl ResetKeys {
 
     /// Keys from random bytes that the caller keeps as a secret.
     pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> Self {
-        let (token_key, connection_id_key) = bytes.split_first_chunk().unwrap_or((&[0; 32], &[]));
-        let connection_id_key = connection_id_key.first_chunk().copied().unwrap_or_default();
-        Self { token_key: *token_key, connection_id_key: u64::from_le_bytes(connection_id_key) }
+        let (mut token_key, mut connection_id_key) = ([0; 32], [0; 8]);
+        token_key.copy_from_slice(&bytes[..32]);
+        connection_id_key.copy_from_slice(&bytes[32..]);
+        Self { token_key, connection_id_key: u64::from_le_bytes(connection_id_key) }
     }
 }
 
@@ -317,8 +318,7 @@ fn quic_config(crypto: QuicServerConfig) -> quinn::ServerConfig {
 /// control stream.
 pub(crate) fn transport_config(bidi_streams_max: u32) -> TransportConfig {
     let mut config = TransportConfig::default();
-    // The one conversion that can fail is of a time over 2^62 ms.
-    let idle = limits::IDLE_TIMEOUT.try_into().ok();
+    let idle = VarInt::from_u32(limits::IDLE_TIMEOUT_MS).into();
     config
         .max_concurrent_bidi_streams(VarInt::from_u32(bidi_streams_max))
         .max_concurrent_uni_streams(VarInt::from_u32(limits::UNI_STREAMS_MAX))
@@ -326,7 +326,7 @@ pub(crate) fn transport_config(bidi_streams_max: u32) -> TransportConfig {
         .receive_window(VarInt::from_u32(limits::RECEIVE_WINDOW_BYTES))
         .send_window(limits::SEND_WINDOW_BYTES)
         .crypto_buffer_size(limits::CRYPTO_BUFFER_BYTES)
-        .max_idle_timeout(idle)
+        .max_idle_timeout(Some(idle))
         .keep_alive_interval(None)
         .datagram_receive_buffer_size(None)
         .datagram_send_buffer_size(0);
