@@ -69,6 +69,8 @@ struct Volatile {
     paused: Option<Pause>,
     /// The surveys contradict each other: nothing is asked again until the fleet changes.
     blocked: bool,
+    /// Somebody came or went since absence was last looked for.
+    fleet_changed: bool,
     /// Surveys are being merged.
     merging: bool,
     /// In `central` mode: the model that the coordinator made of the open round.
@@ -274,6 +276,7 @@ impl Federation {
             self.eject(older, Gone::Displaced);
         }
         self.volatile.by_worker.insert(session.worker, conn);
+        self.volatile.fleet_changed = true;
         self.notice(Notice::Joined { name: session.name.clone() });
         self.volatile.sessions.insert(conn, session);
         self.act(Act::Welcome { conn });
@@ -347,7 +350,7 @@ impl Federation {
         if self.volatile.by_worker.get(&session.worker) == Some(&conn) {
             self.volatile.by_worker.remove(&session.worker);
         }
-        self.volatile.blocked = false;
+        (self.volatile.blocked, self.volatile.fleet_changed) = (false, true);
         self.stop_receiving_from(conn);
         self.notice(Notice::Gone { name: session.name, why });
     }

@@ -284,6 +284,7 @@ impl Federation {
         if self.stop_receiving(task) {
             self.act(Act::Forget { task });
         }
+        self.volatile.fleet_changed = true;
         self.emit(Event::Withdrawn { task, why });
     }
 

@@ -68,9 +68,14 @@ impl Federation {
         true
     }
 
-    /// With `min_workers`, so many; without, two, and at the first start no third for a while.
+    /// With `min_workers`, so many; without, two, and at the first start no third for a while. The last evaluation of
+    /// a run that this process has led takes whoever is there.
     fn enough_workers(&mut self) -> bool {
         let ready = self.ready_workers().count();
+        let last = self.durable.round() >= self.plan.learning.train.rounds;
+        if self.volatile.begun && last {
+            return ready > 0;
+        }
         if let Some(min) = self.plan.rounds.min_workers {
             return ready >= usize::try_from(min).unwrap_or(usize::MAX);
         }
@@ -99,6 +104,7 @@ impl Federation {
         self.volatile.work_began = self.volatile.now;
         self.volatile.timers.deadline = None;
         self.volatile.overdue = false;
+        self.volatile.fleet_changed = true;
         self.volatile.trained = None;
         self.resume();
         for (conn, worker, name) in self.select(round, fraction) {
@@ -173,7 +179,7 @@ impl Federation {
         if self.volatile.merging || self.awaits_own_training() {
             return false;
         }
-        let (open, held, quorum) = (work.open().count(), work.held().count(), self.quorum(work));
+        let (open, held, quorum) = (work.open_count(), work.held_count(), self.quorum(work));
         if held < quorum {
             if open == 0 {
                 self.pause();
@@ -204,13 +210,15 @@ impl Federation {
     }
 
     fn all_folded(&self) -> bool {
-        let Some(work) = self.durable.phase.work() else { return false };
-        !folds(work.kind) || work.held().all(|(task, ..)| self.volatile.folded.contains(&task))
+        let work = self.durable.phase.work();
+        work.is_some_and(|work| !folds(work.kind) || work.held_count() == self.volatile.folded.len())
     }
 
     pub(super) fn fold_done(&mut self, task: TaskId) {
-        self.volatile.folded.insert(task);
-        self.notice(Notice::Folded { task });
+        let held = self.durable.phase.work().and_then(|work| work.tasks.get(&task));
+        if held.is_some_and(|task| matches!(task.state, TaskState::Held(_))) && self.volatile.folded.insert(task) {
+            self.notice(Notice::Folded { task });
+        }
     }
 
     fn withdraw_late(&mut self) {
@@ -391,7 +399,7 @@ impl Federation {
     pub(super) fn deadline_passed(&mut self, deadline: Deadline) {
         let Some(work) = self.durable.phase.work() else { return };
         let (round, extensions) = (work.round, work.extensions);
-        if work.held().count() >= self.quorum(work) {
+        if work.held_count() >= self.quorum(work) {
             self.volatile.overdue = true;
         } else if extensions < EXTENSIONS_MAX {
             self.emit(Event::Extended { round, extension: extensions + 1 });
@@ -444,13 +452,16 @@ impl Federation {
     /// Silence is looked for while tasks are open; somebody's absence from work without a deadline sets one.
     fn arm_timers(&mut self) {
         let now = self.volatile.now;
-        let open: Vec<WorkerId> = self.open_tasks().map(|(_, task)| task.worker).collect();
-        if open.is_empty() {
+        if self.durable.phase.work().is_none_or(|work| work.open_count() == 0) {
             (self.volatile.timers.sweep, self.volatile.timers.deadline) = (None, None);
             return;
         }
         self.volatile.timers.sweep.get_or_insert(now.after(SWEEP_EVERY));
-        let absent = open.iter().any(|worker| !self.volatile.by_worker.contains_key(worker));
+        if !core::mem::take(&mut self.volatile.fleet_changed) {
+            return;
+        }
+        let by_worker = &self.volatile.by_worker;
+        let absent = self.open_tasks().any(|(_, task)| !by_worker.contains_key(&task.worker));
         match self.volatile.timers.deadline {
             None if absent && !self.volatile.overdue => {
                 let at = now.after(DEADLINE_MIN);

@@ -1,7 +1,7 @@
 //! The durable state of a run, and [`Durable::apply`], the only way to change it. A replay of the facts calls
 //! nothing else.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::evaluation::EvaluationSummary;
 use crate::ids::{Hash, RunId, TaskId, WorkerId, WorkerName};
@@ -55,6 +55,10 @@ pub(super) struct Work {
     pub(super) base: Hash,
     pub(super) tasks: BTreeMap<TaskId, Task>,
     pub(super) extensions: u32,
+    /// Who was selected: a second task of one worker does not count.
+    workers: BTreeSet<WorkerId>,
+    open: usize,
+    held: usize,
 }
 
 /// One worker's part in it.
@@ -74,13 +78,39 @@ pub(super) enum TaskState {
 
 impl Work {
     fn new(round: u32, kind: TaskKind, base: Hash) -> Self {
-        Self { round, kind, base, tasks: BTreeMap::new(), extensions: 0 }
+        Self { round, kind, base, tasks: BTreeMap::new(), extensions: 0, workers: BTreeSet::new(), open: 0, held: 0 }
     }
 
-    /// How many workers were selected: a second task of one worker does not count.
+    /// How many workers were selected.
     pub(super) fn selected(&self) -> usize {
-        let workers: std::collections::BTreeSet<_> = self.tasks.values().map(|task| task.worker).collect();
-        workers.len()
+        self.workers.len()
+    }
+
+    /// How many tasks are open.
+    pub(super) fn open_count(&self) -> usize {
+        self.open
+    }
+
+    /// How many payloads are held.
+    pub(super) fn held_count(&self) -> usize {
+        self.held
+    }
+
+    fn add(&mut self, id: TaskId, worker: WorkerId, name: WorkerName) {
+        self.workers.insert(worker);
+        self.open += 1;
+        self.tasks.insert(id, Task { worker, name, state: TaskState::Open });
+    }
+
+    /// An open task ends.
+    fn settle(&mut self, id: TaskId, state: TaskState) {
+        let task = self.tasks.get_mut(&id).filter(|task| task.state == TaskState::Open);
+        debug_assert!(task.is_some(), "an event settles a task that is not open");
+        if let Some(task) = task {
+            self.open -= 1;
+            self.held += usize::from(matches!(state, TaskState::Held(_)));
+            task.state = state;
+        }
     }
 
     /// The held payloads, in task order.
@@ -224,17 +254,14 @@ impl Durable {
             };
         }
         self.tasks += 1;
-        let task_state = Task { worker: *worker, name: name.clone(), state: TaskState::Open };
         if let Some(work) = self.phase.work_mut() {
-            work.tasks.insert(*task, task_state);
+            work.add(*task, *worker, name.clone());
         }
     }
 
     fn settle(&mut self, task: TaskId, state: TaskState) {
-        let task = self.phase.work_mut().and_then(|work| work.tasks.get_mut(&task));
-        debug_assert!(task.is_some(), "an event settles a task that is not there");
-        if let Some(task) = task {
-            task.state = state;
+        if let Some(work) = self.phase.work_mut() {
+            work.settle(task, state);
         }
     }
 
