@@ -59,8 +59,9 @@ pub const HELLO_VERSIONS_MAX: usize = 16;
 /// Upload permits: how many large payloads may be on their way at once, whatever the size of the fleet.
 pub const UPLOAD_PERMITS: u32 = 4;
 
-/// How often a worker with an open task beats.
-pub const BEAT_EVERY: Duration = Duration::from_secs(3);
+/// How often a worker with an open task beats. Far below [`SILENCE_MAX`], because the beat is also what meets a
+/// restarted coordinator's stateless reset: QUIC's own keep-alive cannot change while a connection lives.
+pub const BEAT_EVERY: Duration = Duration::from_millis(250);
 
 /// A worker with an open task that was silent for so long is gone, until it comes back.
 pub const SILENCE_MAX: Duration = Duration::from_secs(10);
@@ -85,7 +86,7 @@ pub const RECONNECT_AFTER_MAX: Duration = Duration::from_secs(15);
 /// A session lives so long; then its worker reconnects, which makes new keys.
 pub const SESSION_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
 
-const _: () = assert!(SILENCE_MAX.as_secs() > 3 * BEAT_EVERY.as_secs());
+const _: () = assert!(SILENCE_MAX.as_millis() > 3 * BEAT_EVERY.as_millis());
 const _: () = assert!(PAYLOAD_AT_ONCE_BYTES_MAX <= 2 * RECORD_BYTES_MAX as u64);
 // Two histograms a class, a bin number and a count of at most three and five bytes each.
 const _: () = assert!(HISTOGRAM_CLASSES_MAX * 2 * HISTOGRAM_BINS as usize * 8 <= CONTROL_MESSAGE_BYTES_MAX);
