@@ -1,1 +1,36 @@
-//! Fleets over loopback, security, deploy files, documents.
+//! What the tests of whole programs share: where things lie, processes that end with their test, what is not tested.
+
+pub mod process;
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+/// The root of the repository.
+#[must_use]
+pub fn repository() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}
+
+/// A program that `tests/setup.sh` provides under the name of an environment variable. Without it the test has nothing
+/// to test with: `purpose` goes on the list of what was not tested, and the test returns.
+#[must_use]
+pub fn tool(variable: &str, purpose: &str) -> Option<PathBuf> {
+    let found = std::env::var_os(variable).map(PathBuf::from);
+    if found.is_none() {
+        not_tested(&format!("{purpose}: {variable} is not set; `make test` sets it"));
+    }
+    found
+}
+
+/// Puts a line on the list that `make test` shows at its end, and that fails it in CI.
+///
+/// # Panics
+/// If the list cannot be written: then nobody would learn of it.
+pub fn not_tested(what: &str) {
+    eprintln!("NOT TESTED: {what}");
+    if let Some(list) = std::env::var_os("TRIBUTARY_NOT_TESTED") {
+        let file = std::fs::OpenOptions::new().append(true).create(true).open(&list);
+        let written = file.and_then(|mut file| writeln!(file, "{what}"));
+        written.unwrap_or_else(|error| panic!("{}: {error}", list.display()));
+    }
+}

@@ -1,0 +1,5 @@
+//! Every test of whole programs and of files that are no code, in one binary.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod deploy;
+mod monitoring;
