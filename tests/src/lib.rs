@@ -1,9 +1,13 @@
 //! What the tests of whole programs share: where things lie, processes that end with their test, what is not tested.
 
+pub mod data;
+pub mod home;
 pub mod process;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+
+pub use home::{Home, Running, Said};
 
 /// The root of the repository.
 #[must_use]
