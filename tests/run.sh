@@ -23,13 +23,13 @@ for name in TRIBUTARY_PROMETHEUS TRIBUTARY_PROMTOOL; do
     fi
 done
 
-RAYON_NUM_THREADS=1 CANDLE_NUM_THREADS=1 ${CARGO:-cargo} test --locked --workspace
+status=0
+RAYON_NUM_THREADS=1 CANDLE_NUM_THREADS=1 ${CARGO:-cargo} test --locked --workspace --no-fail-fast || status=$?
 
 if [ -s "$TRIBUTARY_NOT_TESTED" ]; then
     echo
     echo "NOT TESTED:"
     sort -u "$TRIBUTARY_NOT_TESTED" | sed 's/^/  - /'
-    [ "${CI-}" != true ] || exit 1
-else
-    echo "everything was tested"
+    [ "${CI-}" != true ] || [ $status != 0 ] || status=1
 fi
+exit $status
