@@ -17,6 +17,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::Value;
+use tokio::signal::unix::{SignalKind, signal};
 
 use fleet::{Fleet, Training};
 use score::{Comparison, Interval, Predictions};
@@ -73,13 +74,22 @@ fn run(request: &Request) -> Result<bool, Failure> {
         let mut fleet = Fleet::new(scratch.path())?;
         let outcome = tokio::select! {
             outcome = demonstrate(&mut fleet, &request.folder, scratch.path()) => outcome,
-            signal = tokio::signal::ctrl_c() => signal.map_err(Failure::from).and(Err("interrupted".into())),
+            signal = told_to_end() => signal.map_err(Failure::from).and(Err("interrupted".into())),
         };
         fleet.stop().await;
         outcome
     });
     scratch.close()?;
     outcome
+}
+
+/// Waits for Ctrl-C, or for the polite kill.
+async fn told_to_end() -> std::io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        pressed = tokio::signal::ctrl_c() => pressed,
+        _ = terminate.recv() => Ok(()),
+    }
 }
 
 async fn demonstrate(fleet: &mut Fleet, folder: &Path, scratch: &Path) -> Result<bool, Failure> {
