@@ -94,11 +94,6 @@ impl Rows {
         &self.targets
     }
 
-    #[allow(dead_code)]
-    pub(crate) fn all_features(&self) -> &[f32] {
-        &self.features
-    }
-
     /// Rows `from..to` as they travel.
     ///
     /// # Panics
@@ -296,7 +291,7 @@ impl<'a> EncodingPlan<'a> {
     fn not_a_number(&self, column: &crate::table::Column) -> DataError {
         let (line, cell) = column.first_word().unwrap_or_default();
         let (path, column, cell) = (self.table.path().to_owned(), column.name.clone(), cell.to_owned());
-        DataError::NotANumber { path, line, column, cell }
+        DataError::NoNumber { path, line, column, cell }
     }
 
     fn unknown_class(&self, row: usize, class: &str) -> DataError {

@@ -67,6 +67,12 @@ pub enum DataError {
          missing, or list the column under data.categorical"
     )]
     NotANumber { path: String, line: u64, column: String, cell: String },
+    /// Text in a column that the schema has as numbers.
+    #[error(
+        "{path}:{line}: column {column:?}: {cell:?} is not a number, and the fleet's schema has the column as numbers; \
+         correct the cell, or leave it empty if the value is missing"
+    )]
+    NoNumber { path: String, line: u64, column: String, cell: String },
     /// A number that no 64-bit float holds.
     #[error("{path}:{line}: column {column:?}: {cell:?} is not a finite number; correct the cell, or leave it empty")]
     NotFinite { path: String, line: u64, column: String, cell: String },

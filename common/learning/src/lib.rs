@@ -6,17 +6,28 @@
 //! model.
 
 mod cell;
+mod comparing;
 mod dataset;
 mod encoding;
 mod error;
+mod evaluating;
+mod network;
+mod predicting;
 mod records;
+mod saved;
 mod schema;
 mod survey;
 mod table;
+mod training;
 
+pub use comparing::{Comparison, auc, compare};
 pub use dataset::{Dataset, Note};
 pub use encoding::{Rows, RowsError, Shard};
 pub use error::DataError;
+pub use network::Network;
+pub use predicting::PredictError;
+pub use saved::{DESCRIPTION_FILE, ModelError, SavedModel, WEIGHTS_FILE};
 pub use schema::{ColumnSchema, DropReason, Dropped, Encoding, Frozen, MergeError, Schema, SchemaError, Target, merge};
 pub use survey::{CATEGORIES_MAX, CLASSES_MAX, MIN_COUNT, Survey, SurveyError};
 pub use table::Table;
+pub use training::{Gradient, OnPass, Stopped, TaskKey, Trained, norm};
