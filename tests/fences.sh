@@ -49,11 +49,10 @@ present tributary-transport quinn
 present tributary-transport quinn-proto
 present tributary-transport rustls
 present tributary-learning candle-core
-present tributary-learning candle-nn
 present tributary-transport aws-lc-rs
 
-for name in tokio quinn quinn-proto rustls candle-core candle-nn getrandom; do
-    absent tributary-protocol $name
+for name in tokio quinn quinn-proto rustls "candle.*" getrandom; do
+    absent tributary-protocol "$name"
 done
 for name in tokio quinn quinn-proto rustls; do
     absent tributary-learning $name
