@@ -16,11 +16,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
+use learning::{Comparison, compare};
 use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 
 use fleet::{Fleet, Training};
-use score::{Comparison, Interval, Predictions};
+use score::Predictions;
 
 type Failure = Box<dyn Error>;
 
@@ -28,6 +29,9 @@ type Failure = Box<dyn Error>;
 const AIRPORTS: [&str; 3] = ["ewr", "jfk", "lga"];
 /// How far below pooled training the federated model's AUC may lie.
 const POOLED_MARGIN: f64 = 0.002;
+/// The paired bootstrap of the table.
+const RESAMPLES: u32 = 1_000;
+const SEED: u64 = 7;
 const USAGE: &str = "usage: demo [--check] FOLDER
   FOLDER   holds flights.toml, ewr.csv, jfk.csv, lga.csv and heldout.csv
   --check  end with status 1 if the comparison falls short of what it promises";
@@ -145,29 +149,37 @@ fn show(line: &Value, show_rounds: bool) {
 
 /// Prints the table and what it shows; true if federated training kept both of its promises.
 fn report(rows: &[(String, usize)], predictions: &[Predictions]) -> Result<bool, Failure> {
-    let comparison = Comparison::of(predictions)?;
-    println!("On {} held-out flights, none of which any model was trained on:\n", comparison.rows);
-    println!(
-        "  {:<10} {:>6}  {:>6}  {:>8}  federated minus this, AUC (95 % of a paired bootstrap)",
-        "model", "rows", "AUC", "accuracy"
-    );
-    for ((name, rows), model) in rows.iter().zip(&comparison.models) {
-        let Interval { low, middle, high } = model.behind;
+    let comparisons = compare_with_first(predictions)?;
+    println!("On {} held-out flights, none of which any model was trained on:\n", predictions[0].positive.len());
+    println!("  model        rows     AUC  accuracy  federated minus this, AUC (95 % of a paired bootstrap)");
+    for (((name, rows), model), auc) in rows.iter().zip(predictions).zip(&comparisons) {
         let difference = match name.as_str() {
             "federated" => String::new(),
-            _ => format!("{middle:+.4}  [{low:+.4}, {high:+.4}]"),
+            _ => format!("{:+.4}  [{:+.4}, {:+.4}]", auc.first - auc.second, auc.low, auc.high),
         };
-        println!("  {name:<10} {rows:>6}  {:.4}  {:>8.4}  {difference}", model.auc, model.accuracy);
+        println!("  {name:<10} {rows:>6}  {:.4}  {:>8.4}  {difference}", auc.second, model.accuracy());
     }
     println!();
-    let [_, pooled, alone @ ..] = comparison.models.as_slice() else {
+    let [_, pooled, alone @ ..] = comparisons.as_slice() else {
         return Err("the comparison lacks pooled training".into());
     };
-    let near = pooled.behind.middle > -POOLED_MARGIN;
+    let near = pooled.first - pooled.second > -POOLED_MARGIN;
     println!("  {} federated is at most {POOLED_MARGIN} AUC below pooled", verdict(near));
-    let above = alone.iter().all(|model| model.behind.low > 0.0);
+    let above = alone.iter().all(|model| model.low > 0.0);
     println!("  {} federated is above every airport alone, with an interval that excludes 0", verdict(above));
     Ok(near && above)
+}
+
+fn compare_with_first(predictions: &[Predictions]) -> Result<Vec<Comparison>, Failure> {
+    let first = predictions.first().ok_or("nothing to compare")?;
+    let compare = |model: &Predictions| {
+        if model.positive != first.positive {
+            return Err("the models were not asked about the same rows".into());
+        }
+        compare(&first.score, &model.score, &first.positive, RESAMPLES, SEED)
+            .ok_or_else(|| "the held-out rows are all of one class, so there is no AUC".into())
+    };
+    predictions.iter().map(compare).collect()
 }
 
 fn verdict(holds: bool) -> &'static str {
