@@ -12,7 +12,7 @@ use crate::deploy;
 
 /// Queries whose answer, in the middle of a run, is a number above zero. The others may rightly show none.
 const BUSY: [&str; 10] = [
-    "Round",
+    "Rounds committed",
     "AUC",
     "Accuracy",
     "Parameters",
