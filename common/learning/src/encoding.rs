@@ -1,10 +1,13 @@
-//! Rows as the numbers a model takes: one dense matrix of `f32`, row after row, and one target a row.
+//! Encoded rows: one number a cell, and the wider row that a model takes, made when a batch needs it.
 //!
-//! The same function encodes a training row at a worker, a row that joins later, and a row that is predicted. Blocks
-//! of encoded rows also travel in `central` mode, as raw little-endian `f32`: the inputs of a row, then its target.
+//! A numeric cell is its standardised value, a categorical one the place of its value; so a million rows take what a
+//! million rows of the table take, and not what a vocabulary takes a million times. The same function encodes a training
+//! row at a worker, a row that joins later, and a row that is predicted. Blocks of encoded rows also travel in `central`
+//! mode, as raw little-endian `f32`: the cells of a row, then its target.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use protocol::plan::LearningTask;
 
@@ -12,18 +15,36 @@ use crate::cell::{Cell, written};
 use crate::dataset::Dataset;
 use crate::error::DataError;
 use crate::schema::{ColumnSchema, Encoding, Schema, Target};
-use crate::table::Table;
+use crate::table::{Column, Table};
 
 /// Standardised values end here on both sides. A row that was surveyed never gets there, since |z| ≤ √n of n rows; a
 /// later one is held where `f32` arithmetic is still at ease.
-const STANDARDISED_MAX: f64 = 1e6;
+const STANDARDISED_MAX: f32 = 1e6;
+
+/// A number that is missing. Beyond every standardised value, and finite, so that it equals itself.
+const MISSING: f32 = f32::MAX;
 
 /// Encoded rows.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Rows {
-    inputs: usize,
-    features: Vec<f32>,
+    slots: Arc<[Slot]>,
+    /// One a column and row.
+    cells: Vec<f32>,
     targets: Vec<f32>,
+}
+
+/// Where the inputs of one column are in a row that a model takes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Slot {
+    Number {
+        from: usize,
+        /// Whether the input behind it says that it is missing.
+        missing: bool,
+    },
+    Category {
+        from: usize,
+        places: usize,
+    },
 }
 
 /// One worker's encoded rows.
@@ -55,10 +76,19 @@ pub enum RowsError {
 }
 
 impl Rows {
-    /// No rows yet, of `inputs` numbers each.
+    /// No rows yet, of `schema`.
     #[must_use]
-    pub fn new(inputs: usize) -> Self {
-        Self { inputs, features: Vec::new(), targets: Vec::new() }
+    pub fn new(schema: &Schema) -> Self {
+        let mut from = 0;
+        let slot = |column: &ColumnSchema| {
+            let at = from;
+            from += column.encoding.inputs();
+            match &column.encoding {
+                Encoding::Numeric { missing, .. } => Slot::Number { from: at, missing: *missing },
+                Encoding::Categorical { .. } => Slot::Category { from: at, places: column.encoding.inputs() },
+            }
+        };
+        Self { slots: schema.columns.iter().map(slot).collect(), cells: Vec::new(), targets: Vec::new() }
     }
 
     /// How many rows there are.
@@ -73,19 +103,15 @@ impl Rows {
         self.targets.is_empty()
     }
 
-    /// How many numbers a row has.
-    #[must_use]
-    pub fn inputs(&self) -> usize {
-        self.inputs
-    }
-
-    /// The inputs of row `at`.
+    /// The inputs of row `at`, as a model takes them.
     ///
     /// # Panics
     /// If there are not so many rows.
     #[must_use]
-    pub fn features(&self, at: usize) -> &[f32] {
-        &self.features[at * self.inputs..][..self.inputs]
+    pub fn features(&self, at: usize) -> Vec<f32> {
+        let mut inputs = vec![0.0; self.slots.last().map_or(0, |slot| slot.end())];
+        self.write_features(at, &mut inputs);
+        inputs
     }
 
     /// The targets: the number of a class, or the standardised value.
@@ -102,7 +128,7 @@ impl Rows {
     pub fn to_bytes(&self, from: usize, to: usize) -> Vec<u8> {
         let mut bytes = Vec::with_capacity((to - from) * self.row_bytes());
         for row in from..to {
-            self.features(row).iter().chain([&self.targets[row]]).for_each(|x| bytes.extend(x.to_le_bytes()));
+            self.cells(row).iter().chain([&self.targets[row]]).for_each(|x| bytes.extend(x.to_le_bytes()));
         }
         bytes
     }
@@ -110,7 +136,7 @@ impl Rows {
     /// How many bytes a row has when it travels.
     #[must_use]
     pub fn row_bytes(&self) -> usize {
-        (self.inputs + 1) * 4
+        (self.slots.len() + 1) * 4
     }
 
     /// Adds the rows that travelled as `bytes`, all or none.
@@ -122,29 +148,67 @@ impl Rows {
         if !bytes.len().is_multiple_of(row_bytes) {
             return Err(RowsError::Length { got: bytes.len(), row: row_bytes });
         }
-        let values = |row: &[u8]| row.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)).collect::<Vec<_>>();
+        let before = self.len();
         for (row, bytes) in bytes.chunks_exact(row_bytes).enumerate() {
-            let (features, target) = (&values(bytes)[..self.inputs], values(bytes)[self.inputs]);
-            if !features.iter().all(|x| x.is_finite()) || !target_fits(target, schema) {
-                self.truncate(self.len() - row);
+            self.cells.extend(bytes.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)));
+            let target = self.cells.pop().unwrap_or(f32::NAN);
+            self.targets.push(target);
+            let cells_fit = self.slots.iter().zip(self.cells(before + row)).all(|(slot, cell)| slot.fits(*cell));
+            if !cells_fit || !target_fits(target, schema) {
+                self.cells.truncate(before * self.slots.len());
+                self.targets.truncate(before);
                 return Err(RowsError::Value { row });
             }
-            self.features.extend_from_slice(features);
-            self.targets.push(target);
         }
         Ok(())
     }
 
-    fn truncate(&mut self, rows: usize) {
-        self.features.truncate(rows * self.inputs);
-        self.targets.truncate(rows);
+    /// Writes the inputs of row `at` into `inputs`, which are zero so far.
+    pub(crate) fn write_features(&self, at: usize, inputs: &mut [f32]) {
+        for (slot, &cell) in self.slots.iter().zip(self.cells(at)) {
+            match *slot {
+                Slot::Number { from, missing: true } if cell == MISSING => inputs[from + 1] = 1.0,
+                Slot::Number { .. } if cell == MISSING => {}
+                Slot::Number { from, .. } => inputs[from] = cell,
+                #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // the number of a place
+                Slot::Category { from, .. } => inputs[from + cell as usize] = 1.0,
+            }
+        }
     }
 
-    pub(crate) fn push(&mut self, target: f32) -> &mut [f32] {
+    /// Adds a row whose cells follow, by [`Rows::push_cell`] for each column.
+    pub(crate) fn push_target(&mut self, target: f32) {
         self.targets.push(target);
-        let from = self.features.len();
-        self.features.resize(from + self.inputs, 0.0);
-        &mut self.features[from..]
+    }
+
+    pub(crate) fn push_cell(&mut self, cell: f32) {
+        self.cells.push(cell);
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.cells.clear();
+        self.targets.clear();
+    }
+
+    fn cells(&self, at: usize) -> &[f32] {
+        &self.cells[at * self.slots.len()..][..self.slots.len()]
+    }
+}
+
+impl Slot {
+    fn end(self) -> usize {
+        match self {
+            Self::Number { from, missing } => from + 1 + usize::from(missing),
+            Self::Category { from, places } => from + places,
+        }
+    }
+
+    fn fits(self, cell: f32) -> bool {
+        match self {
+            Self::Number { .. } => cell.abs() <= STANDARDISED_MAX || cell == MISSING,
+            #[allow(clippy::cast_precision_loss)] // at most a few hundred places
+            Self::Category { places, .. } => cell.fract() == 0.0 && (0.0..places as f32).contains(&cell),
+        }
     }
 }
 
@@ -164,44 +228,37 @@ pub(crate) struct Encoder<'a> {
 struct ColumnEncoder<'a> {
     schema: &'a ColumnSchema,
     places: HashMap<&'a str, usize>,
-    from: usize,
 }
 
 impl<'a> Encoder<'a> {
     pub(crate) fn new(schema: &'a Schema) -> Self {
-        let mut from = 0;
-        let mut columns = Vec::with_capacity(schema.columns.len());
-        for column in &schema.columns {
+        let encoder = |column: &'a ColumnSchema| {
             let names = match &column.encoding {
                 Encoding::Categorical { vocabulary } => vocabulary.as_slice(),
                 Encoding::Numeric { .. } => &[],
             };
             let places = names.iter().enumerate().map(|(at, name)| (name.as_str(), at)).collect();
-            columns.push(ColumnEncoder { schema: column, places, from });
-            from += column.encoding.inputs();
-        }
-        Self { columns }
+            ColumnEncoder { schema: column, places }
+        };
+        Self { columns: schema.columns.iter().map(encoder).collect() }
     }
 
-    /// Writes what `cell` of column `at` is into `row`, which is zero so far. `None` if a number was expected.
-    pub(crate) fn encode(&self, at: usize, cell: Cell<'_>, row: &mut [f32]) -> Option<()> {
+    /// What `cell` of column `at` becomes. `None` if a number was expected.
+    pub(crate) fn encode(&self, at: usize, cell: Cell<'_>) -> Option<f32> {
         let column = &self.columns[at];
-        match &column.schema.encoding {
-            Encoding::Numeric { mean, deviation, missing } => match cell {
-                Cell::Missing if *missing => row[column.from + 1] = 1.0,
-                Cell::Missing => {}
-                Cell::Number(number) => row[column.from] = standardised(number, *mean, *deviation),
-                Cell::Word(_) => return None,
-            },
-            Encoding::Categorical { vocabulary } => {
+        match (&column.schema.encoding, cell) {
+            (Encoding::Numeric { .. }, Cell::Missing) => Some(MISSING),
+            (Encoding::Numeric { mean, deviation, .. }, Cell::Number(x)) => Some(standardised(x, *mean, *deviation)),
+            (Encoding::Numeric { .. }, Cell::Word(_)) => None,
+            (Encoding::Categorical { vocabulary }, cell) => {
                 let place = match category(cell) {
                     None => vocabulary.len() + 1,
                     Some(name) => column.places.get(name.as_ref()).copied().unwrap_or(vocabulary.len()),
                 };
-                row[column.from + place] = 1.0;
+                #[allow(clippy::cast_precision_loss)] // at most a few hundred places
+                Some(place as f32)
             }
         }
-        Some(())
     }
 }
 
@@ -215,7 +272,8 @@ fn category(cell: Cell<'_>) -> Option<Cow<'_, str>> {
 
 #[allow(clippy::cast_possible_truncation)] // a bounded f64 rounds to the nearest f32
 fn standardised(x: f64, mean: f64, deviation: f64) -> f32 {
-    ((x - mean) / deviation).clamp(-STANDARDISED_MAX, STANDARDISED_MAX) as f32
+    let max = f64::from(STANDARDISED_MAX);
+    ((x - mean) / deviation).clamp(-max, max) as f32
 }
 
 impl Dataset {
@@ -233,8 +291,8 @@ impl Dataset {
 /// A dataset beside the schema that it is to be encoded by.
 struct EncodingPlan<'a> {
     table: &'a Table,
-    label: &'a crate::table::Column,
-    columns: Vec<&'a crate::table::Column>,
+    label: &'a Column,
+    columns: Vec<&'a Column>,
     schema: &'a Schema,
     encoder: Encoder<'a>,
     classes: HashMap<&'a str, f32>,
@@ -258,15 +316,14 @@ impl<'a> EncodingPlan<'a> {
     }
 
     fn rows(&self, rows: &[usize]) -> Result<Rows, DataError> {
-        let mut encoded = Rows::new(self.schema.inputs());
-        encoded.features.reserve_exact(rows.len() * encoded.inputs);
+        let mut encoded = Rows::new(self.schema);
+        encoded.cells.reserve_exact(rows.len() * self.columns.len());
         encoded.targets.reserve_exact(rows.len());
         for &row in rows {
-            let target = self.target(row)?;
-            let inputs = encoded.push(target);
+            encoded.push_target(self.target(row)?);
             for (at, column) in self.columns.iter().enumerate() {
-                let written = self.encoder.encode(at, column.cell(row), inputs);
-                written.ok_or_else(|| self.not_a_number(column))?;
+                let cell = self.encoder.encode(at, column.cell(row));
+                encoded.push_cell(cell.ok_or_else(|| self.not_a_number(column))?);
             }
         }
         Ok(encoded)
@@ -288,7 +345,7 @@ impl<'a> EncodingPlan<'a> {
         }
     }
 
-    fn not_a_number(&self, column: &crate::table::Column) -> DataError {
+    fn not_a_number(&self, column: &Column) -> DataError {
         let (line, cell) = column.first_word().unwrap_or_default();
         let (path, column, cell) = (self.table.path().to_owned(), column.name.clone(), cell.to_owned());
         DataError::NoNumber { path, line, column, cell }

@@ -76,6 +76,11 @@ impl Network {
         weights
     }
 
+    /// How many inputs a row has.
+    fn inputs(&self) -> usize {
+        self.layers.first().map_or(0, |layer| layer.inputs)
+    }
+
     /// How many outputs a row has.
     pub(crate) fn outputs(&self) -> usize {
         self.layers.last().map_or(0, |layer| layer.outputs)
@@ -86,7 +91,7 @@ impl Network {
         let picked: Vec<usize> = (from..to).collect();
         let pass = || {
             let parameters = self.tensors(weights)?;
-            self.forward(&parameters, &inputs(rows, &picked)?)?.flatten_all()?.to_vec1()
+            self.forward(&parameters, &inputs(rows, &picked, self.inputs())?)?.flatten_all()?.to_vec1()
         };
         pass().expect(SHAPES)
     }
@@ -99,7 +104,7 @@ impl Network {
     fn differentiate(&self, weights: &[f32], rows: &Rows, picked: &[usize]) -> CandleResult<(Vec<f32>, f64)> {
         let parameters = self.tensors(weights)?.iter().map(Var::from_tensor).collect::<CandleResult<Vec<_>>>()?;
         let tensors: Vec<Tensor> = parameters.iter().map(|variable| variable.as_tensor().clone()).collect();
-        let outputs = self.forward(&tensors, &inputs(rows, picked)?)?;
+        let outputs = self.forward(&tensors, &inputs(rows, picked, self.inputs())?)?;
         let loss = self.loss(&outputs, rows, picked)?;
         let store = loss.backward()?;
         let mut gradient = Vec::with_capacity(weights.len());
@@ -168,10 +173,10 @@ impl Layer {
     }
 }
 
-fn inputs(rows: &Rows, picked: &[usize]) -> CandleResult<Tensor> {
-    let mut values = Vec::with_capacity(picked.len() * rows.inputs());
-    picked.iter().for_each(|&row| values.extend_from_slice(rows.features(row)));
-    Tensor::from_vec(values, (picked.len(), rows.inputs()), &Device::Cpu)
+fn inputs(rows: &Rows, picked: &[usize], width: usize) -> CandleResult<Tensor> {
+    let mut values = vec![0.0; picked.len() * width];
+    values.chunks_exact_mut(width).zip(picked).for_each(|(inputs, &row)| rows.write_features(row, inputs));
+    Tensor::from_vec(values, (picked.len(), width), &Device::Cpu)
 }
 
 #[allow(clippy::cast_precision_loss)] // widths and counts of rows stay far below 2^53

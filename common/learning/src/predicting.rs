@@ -106,22 +106,17 @@ struct Block<'a> {
 impl<'a> Block<'a> {
     fn new(model: &'a SavedModel) -> Self {
         let schema = model.schema();
-        Self { model, encoder: Encoder::new(schema), rows: Rows::new(schema.inputs()), records: Vec::new() }
+        Self { model, encoder: Encoder::new(schema), rows: Rows::new(schema), records: Vec::new() }
     }
 
     fn push(&mut self, path: &str, records: &Records, places: &[usize]) -> Result<(), DataError> {
         let record: StringRecord = records.cells().collect();
-        let inputs = self.rows.push(0.0);
+        self.rows.push_target(0.0);
         for (at, &place) in places.iter().enumerate() {
             let cell = Cell::read(&record[place]);
-            if self.encoder.encode(at, cell, inputs).is_none() {
-                let (path, line, column) = (path.to_owned(), records.line(), records.header()[place].clone());
-                let cell = record[place].trim().to_owned();
-                return Err(if overflows(&cell) {
-                    DataError::NotFinite { path, line, column, cell }
-                } else {
-                    DataError::NoNumber { path, line, column, cell }
-                });
+            match self.encoder.encode(at, cell) {
+                Some(encoded) => self.rows.push_cell(encoded),
+                None => return Err(not_a_number(path, records, place, record[place].trim())),
             }
         }
         self.records.push(record);
@@ -140,8 +135,18 @@ impl<'a> Block<'a> {
             };
             writer.write_record(record.iter().chain(added.iter().map(String::as_str)))?;
         }
-        self.rows = Rows::new(self.rows.inputs());
+        self.rows.clear();
         Ok(())
+    }
+}
+
+fn not_a_number(path: &str, records: &Records, place: usize, cell: &str) -> DataError {
+    let (path, line, column) = (path.to_owned(), records.line(), records.header()[place].clone());
+    let cell = cell.to_owned();
+    if overflows(&cell) {
+        DataError::NotFinite { path, line, column, cell }
+    } else {
+        DataError::NoNumber { path, line, column, cell }
     }
 }
 

@@ -224,7 +224,7 @@ fn four_is_one_category_and_one_class_however_it_is_written() {
     assert_eq!(vocabulary(&schema, "g"), ["4", "x"]);
     assert_eq!(classes(&schema), ["4", "5"]);
     let rows = shards.dataset("b", "g,y\n4.0,5.0\n").unwrap().encode(&schema).unwrap().training;
-    assert_eq!((rows.features(0), rows.targets()), (&[1.0, 0.0, 0.0, 0.0][..], &[1.0][..]));
+    assert_eq!((rows.features(0), rows.targets()), (vec![1.0, 0.0, 0.0, 0.0], &[1.0][..]));
 }
 
 #[test]
@@ -412,7 +412,7 @@ fn encoded_rows_survive_the_wire_and_foreign_ones_are_refused_whole() {
     let text = "g,x,y\nu,1,no\nu,2,yes\nv,7,no\n";
     let schema = shards.schema(&[("a", text)]);
     let rows = shards.dataset("a", text).unwrap().encode(&schema).unwrap().training;
-    let mut union = learning::Rows::new(schema.inputs());
+    let mut union = learning::Rows::new(&schema);
     union.append(&rows.to_bytes(0, 2), &schema).unwrap();
     union.append(&rows.to_bytes(2, 3), &schema).unwrap();
     assert_eq!(union, rows);
@@ -422,4 +422,10 @@ fn encoded_rows_survive_the_wire_and_foreign_ones_are_refused_whole() {
     foreign[last..].copy_from_slice(&2.0f32.to_le_bytes());
     assert_eq!(union.append(&foreign, &schema), Err(learning::RowsError::Value { row: 2 }));
     assert_eq!(union, rows, "nothing of a refused block stays");
+    // The cells of a row are its category's place, of four, and its number.
+    for (cell, value) in [(0, 4.0), (0, 0.5), (0, -1.0), (0, f32::NAN), (1, f32::NAN), (1, 1e7), (1, f32::INFINITY)] {
+        let mut foreign = rows.to_bytes(0, 3);
+        foreign[12 + 4 * cell..][..4].copy_from_slice(&f32::to_le_bytes(value));
+        assert_eq!(union.append(&foreign, &schema), Err(learning::RowsError::Value { row: 1 }), "{value} in {cell}");
+    }
 }

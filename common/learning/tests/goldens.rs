@@ -45,7 +45,7 @@ impl Case {
     fn rows(&self) -> Rows {
         let rows = self.x.chunks_exact(self.inputs).zip(&self.y);
         let values: Vec<f32> = rows.flat_map(|(x, y)| x.iter().chain([y]).copied()).collect();
-        let mut rows = Rows::new(self.inputs);
+        let mut rows = Rows::new(&self.schema());
         rows.append(&to_bytes(&values), &self.schema()).unwrap();
         rows
     }

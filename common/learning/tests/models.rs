@@ -45,7 +45,7 @@ impl Fleet {
     }
 
     fn union(&self) -> Rows {
-        let mut union = Rows::new(self.schema.inputs());
+        let mut union = Rows::new(&self.schema);
         for Shard { training, .. } in &self.shards {
             union.append(&training.to_bytes(0, training.len()), &self.schema).unwrap();
         }
@@ -138,7 +138,7 @@ fn full_batch_gradients_of_three_shards_are_full_batch_training_on_their_union()
 #[test]
 fn a_batch_in_parts_has_the_gradient_of_the_whole() {
     let fleet = Fleet::new(TABLE);
-    let mut many = Rows::new(fleet.schema.inputs());
+    let mut many = Rows::new(&fleet.schema);
     let union = fleet.union();
     for _ in 0..20 {
         many.append(&union.to_bytes(0, union.len()), &fleet.schema).unwrap();
@@ -265,7 +265,7 @@ fn training_that_diverges_says_so_and_training_that_is_stopped_ends() {
 fn a_task_without_rows_changes_nothing() {
     let fleet = Fleet::new(TABLE);
     let network = fleet.network(&models()[1]);
-    let (start, none) = (network.initial(7), Rows::new(fleet.schema.inputs()));
+    let (start, none) = (network.initial(7), Rows::new(&fleet.schema));
     let key = TaskKey { round: 1, name: "a" };
     let trained = network.train(&start, &none, &TrainSpec::default(), key, &mut go_on).unwrap();
     assert_eq!((trained.delta(&start), trained.steps), (vec![0.0; start.len()], 0));
