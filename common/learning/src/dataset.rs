@@ -37,6 +37,16 @@ pub enum Note {
         /// Rows of the file.
         of: usize,
     },
+    /// A column that the configuration names and the file does not have.
+    #[error("{path}: no column {column:?}, which {key} names")]
+    NotThere {
+        /// The file.
+        path: String,
+        /// The key, such as `data.drop`.
+        key: &'static str,
+        /// The column.
+        column: String,
+    },
     /// A column without a single value.
     #[error("{path}: column {column:?} has no value in any row")]
     AllMissing {
@@ -76,6 +86,7 @@ impl Dataset {
         seed: u64,
         name: &str,
     ) -> Result<Self, DataError> {
+        let mut notes = absent(&table, spec);
         let label = settle_label(&mut table, spec, own_label)?;
         for column in spec.drop.iter().filter(|column| **column != label) {
             table.remove(column);
@@ -85,7 +96,7 @@ impl Dataset {
         if labelled.is_empty() {
             return Err(DataError::NoLabels { path: table.path().to_owned(), label });
         }
-        let notes = notes(&table, labelled.len());
+        notes.extend(left_out(&table, labelled.len()));
         let (training, held_out) = split(labelled, spec.validation_fraction, seed, name);
         let dataset = Self { table, label, spec: spec.clone(), training, held_out, notes };
         dataset.check_label()?;
@@ -202,7 +213,15 @@ fn labelled_rows(table: &Table, label: &str) -> Vec<usize> {
     (0..table.rows()).filter(has_label).collect()
 }
 
-fn notes(table: &Table, labelled: usize) -> Vec<Note> {
+/// Columns that `spec` names in vain.
+fn absent(table: &Table, spec: &DataSpec) -> Vec<Note> {
+    let named = [("data.drop", &spec.drop), ("data.categorical", &spec.categorical)];
+    let named = named.into_iter().flat_map(|(key, columns)| columns.iter().map(move |column| (key, column)));
+    let absent = named.filter(|(_, column)| table.column(column).is_none());
+    absent.map(|(key, column)| Note::NotThere { path: table.path().to_owned(), key, column: column.clone() }).collect()
+}
+
+fn left_out(table: &Table, labelled: usize) -> Vec<Note> {
     let path = table.path();
     let count = table.rows() - labelled;
     let unlabelled = (count > 0).then(|| Note::Unlabelled { path: path.to_owned(), count, of: table.rows() });

@@ -285,6 +285,31 @@ mod tests {
         assert_eq!(read(&long, replaced).unwrap(), 100_000, "the file that was opened is whole");
     }
 
+    proptest::proptest! {
+        #[test]
+        fn what_a_csv_writer_wrote_is_read_back(
+            rows in proptest::collection::vec(proptest::array::uniform3("[ab\",; \n\u{e9}]{0,5}"), 1..9),
+            crlf: bool,
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("f.csv");
+            let terminator = if crlf { Terminator::CRLF } else { Terminator::Any(b'\n') };
+            let mut writer = csv::WriterBuilder::new().terminator(terminator).from_path(&path).unwrap();
+            writer.write_record(["x", "y", "z"]).unwrap();
+            rows.iter().for_each(|row| writer.write_record(row).unwrap());
+            drop(writer);
+            let mut records = Records::open(&path).unwrap();
+            let mut line = 2;
+            for row in &rows {
+                proptest::prop_assert!(records.advance().unwrap());
+                proptest::prop_assert!(records.cells().eq(row.iter().map(String::as_str)));
+                proptest::prop_assert_eq!(records.line(), line);
+                line += 1 + row.iter().map(|cell| cell.matches('\n').count() as u64).sum::<u64>();
+            }
+            proptest::prop_assert!(!records.advance().unwrap());
+        }
+    }
+
     #[test]
     fn the_line_of_a_row_is_the_one_it_begins_on() {
         for text in ["a,y\n1,2\n\n\"x\ny\",3\n4,5", "a,y\r\n1,2\r\n\r\n\"x\r\ny\",3\r\n4,5\r\n"] {

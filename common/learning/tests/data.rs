@@ -200,6 +200,32 @@ fn a_label_that_the_task_cannot_use_is_refused_with_its_line() {
 }
 
 #[test]
+fn more_classes_than_a_model_has_and_longer_names_are_refused() {
+    let shards = Shards::new();
+    let survey = |text: &str| shards.dataset("f", text).unwrap().survey(1).map_err(|error| shards.shown(&error));
+    let many = "x,y\n".to_owned() + &(0..1001).map(|i| format!("{i},c{i}\n")).collect::<String>();
+    assert_eq!(survey(&many).unwrap_err(), "f.csv: label \"y\" has 1001 classes, the most is 1000");
+    let long = format!("x,y\n1,a\n2,{}\n", "b".repeat(257));
+    assert_eq!(survey(&long).unwrap_err(), "f.csv:3: label \"y\": the class has 257 bytes, the most is 256");
+    assert!(survey(&many.replace('c', "")).is_ok(), "a thousand numbers are no classes, but a number to be learned");
+}
+
+#[test]
+fn a_column_that_the_configuration_names_in_vain_is_told() {
+    let shards = Shards::with(|spec| (spec.drop, spec.categorical) = (vec!["tailnum".into()], vec!["b".into()]));
+    let data = shards.dataset("f", "a,y\n1,0\n2,1\n").unwrap();
+    let told: Vec<String> =
+        data.notes().iter().map(|note| note.to_string().replace(shards.dir.path().to_str().unwrap(), "")).collect();
+    assert_eq!(
+        told,
+        [
+            "/f.csv: no column \"tailnum\", which data.drop names",
+            "/f.csv: no column \"b\", which data.categorical names"
+        ]
+    );
+}
+
+#[test]
 fn the_split_is_drawn_by_seed_and_name_and_keeps_every_row() {
     let shards = Shards::with(|spec| spec.validation_fraction = 0.2);
     let text = "a,y\n".to_owned() + &(0..100).map(|i| format!("{i},{}\n", i % 2)).collect::<String>();
