@@ -51,6 +51,15 @@ pub struct Said {
     pub stderr: String,
 }
 
+impl Said {
+    /// The JSON lines on stdout whose `event` is `event`.
+    #[must_use]
+    pub fn lines(&self, event: &str) -> Vec<Value> {
+        let lines = self.stdout.lines().map(|line| serde_json::from_str(line).unwrap());
+        lines.filter(|value: &Value| value["event"] == event).collect()
+    }
+}
+
 impl Default for Home {
     fn default() -> Self {
         Self::new()
@@ -92,8 +101,7 @@ impl Home {
     /// Starts a coordinator on this home's ports with `--json`; it lies beside the test's own executable.
     pub fn coordinator(&self, args: &[&str]) -> Running {
         let listen = self.address().to_string();
-        let http = format!("127.0.0.1:{}", self.http);
-        let mut all = vec!["--listen", &listen, "--http", &http, "--json"];
+        let mut all = vec!["--listen", &listen, "--json"];
         all.extend(args);
         self.start("coordinator", &all)
     }
@@ -108,7 +116,7 @@ impl Home {
 
     /// Starts a binary.
     pub fn start(&self, binary: &str, args: &[&str]) -> Running {
-        Running::spawn(format!("{binary} {}", args.join(" ")), self.command(binary).args(args))
+        Running::start(&format!("{binary} {}", args.join(" ")), self.command(binary).args(args), Stdio::null())
     }
 
     /// Runs a binary to its end.
@@ -116,11 +124,13 @@ impl Home {
         self.start(binary, args).end()
     }
 
-    /// A command in this home that knows nothing of the user's settings.
+    /// A command in this home that knows nothing of the user's settings. Its `/metrics` are on this home's port, which
+    /// the environment says, so that a command line can be just what a user types.
     #[must_use]
     pub fn command(&self, binary: &str) -> Command {
         let mut command = ours(binary, self.dir.path());
-        command.env("RUST_BACKTRACE", "0").current_dir(self.dir.path());
+        let http = format!("127.0.0.1:{}", self.http);
+        command.env("TRIBUTARY_HTTP", http).env("RUST_BACKTRACE", "0").current_dir(self.dir.path());
         command
     }
 
@@ -138,8 +148,9 @@ impl Home {
 }
 
 impl Running {
-    fn spawn(name: String, command: &mut Command) -> Self {
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    /// Starts a command; `name` is how failures call it.
+    pub fn start(name: &str, command: &mut Command, stdin: Stdio) -> Self {
+        let mut child = command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (send, stdout) = channel();
         let out = BufReader::new(child.stdout.take().unwrap());
         std::thread::spawn(move || out.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
@@ -152,7 +163,7 @@ impl Running {
                 kept.push('\n');
             }
         });
-        Self { name, child, stdout, seen: VecDeque::new(), stderr }
+        Self { name: name.to_owned(), child, stdout, seen: VecDeque::new(), stderr }
     }
 
     /// The next JSON line whose `event` is `event`; what comes before it is passed over.
@@ -191,6 +202,11 @@ impl Running {
     #[must_use]
     pub fn stderr(&self) -> String {
         self.stderr.lock().unwrap().clone()
+    }
+
+    /// Reads no more of its stdout: the pipe is closed at its next line.
+    pub fn close_stdout(&mut self) {
+        self.stdout = channel().1;
     }
 
     /// `kill -9`, and its end.

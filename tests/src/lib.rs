@@ -1,12 +1,14 @@
 //! What the tests of whole programs share: where things lie, processes that end with their test, what is not tested.
 
 pub mod data;
+pub mod fleet;
 pub mod home;
 pub mod process;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
+pub use fleet::{Fleet, ended_well};
 pub use home::{Home, Running, Said};
 
 /// The root of the repository.
