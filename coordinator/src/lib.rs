@@ -1,1 +1,3 @@
-//! The shell around the federation machine: event loop, store, telemetry, HTTP, command line.
+//! The coordinator: the shell around the `Federation` machine.
+
+pub mod config;
