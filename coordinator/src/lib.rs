@@ -1,3 +1,5 @@
 //! The coordinator: the shell around the `Federation` machine.
 
+pub mod cli;
 pub mod config;
+pub mod state;
