@@ -1,0 +1,546 @@
+//! What survives a restart: the runs, and the checkpoints of each.
+//!
+//! A [`Store`] takes in events and makes them durable. In this version only a commit is: the first model, each
+//! round's model, the last evaluation. Its sync is one checkpoint file, written aside, synced, renamed, its directory
+//! synced; the last three are kept, and a damaged newest one gives way to the one before, said loudly. A journal of
+//! the facts in between would take its place behind the same calls.
+//!
+//! ```text
+//! magic 8 │ version u32 │ four times: length u64 │ bytes   figures, schema, model, server state
+//! BLAKE3 of everything before, 32
+//! ```
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use protocol::federation::{Checkpoint, Event};
+use protocol::ids::RunId;
+use protocol::limits::{MODEL_BYTES_MAX, SCHEMA_BYTES_MAX};
+use protocol::plan::{LearningPlan, Plan};
+
+use crate::state::{StateDir, StateError, read_small, sync_parent, write_durably, write_durably_with};
+
+/// How many checkpoints of a run are kept.
+pub const CHECKPOINTS_KEPT: usize = 3;
+
+const MAGIC: &[u8; 8] = b"tribckpt";
+const VERSION: u32 = 1;
+const PREFIX: &str = "checkpoint-";
+
+/// The most that the figures may take: a million rounds of many updates.
+const FIGURES_BYTES_MAX: u64 = 8 << 30;
+
+/// The server state of today's strategies has at most two numbers of eight bytes for each parameter.
+const SERVER_BYTES_MAX: u64 = 4 * MODEL_BYTES_MAX;
+
+/// A run at one of its commits: figures, and the tensors and bytes that they name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Snapshot {
+    /// The machine's figures and hashes.
+    pub checkpoint: Checkpoint,
+    /// The frozen schema's bytes; empty before the survey.
+    pub schema: Arc<[u8]>,
+    /// The model, raw little-endian `f32` in layout order; empty before the survey.
+    pub model: Arc<[u8]>,
+    /// The server step's state.
+    pub server: Vec<u8>,
+}
+
+/// Where a run's events go.
+pub trait Store: Send {
+    /// The newest state that is whole, if anything was ever made durable; and what was found damaged on the way.
+    ///
+    /// # Errors
+    /// If there is something, and nothing whole.
+    fn load(&mut self) -> Result<(Option<Snapshot>, Vec<StateError>), StateError>;
+
+    /// Takes in a fact. It is durable after the next [`Self::sync`], as far as the run's durability asks.
+    ///
+    /// # Errors
+    /// If the disk is broken.
+    fn append(&mut self, event: &Event) -> Result<(), StateError>;
+
+    /// Makes everything that was appended durable. `snapshot` is the state after a commit. The number of bytes written.
+    ///
+    /// # Errors
+    /// If the disk is broken.
+    fn sync(&mut self, snapshot: &Snapshot) -> Result<u64, StateError>;
+}
+
+/// The directory of one run.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    /// The number of the next checkpoint.
+    next: u64,
+}
+
+impl RunDir {
+    fn new(path: PathBuf) -> Result<Self, StateError> {
+        let next = checkpoints(&path)?.last().map_or(0, |(number, _)| number + 1);
+        Ok(Self { path, next })
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Remembers that the run was given up, and why.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn mark_aborted(&self, sentence: &str) -> Result<(), StateError> {
+        write_durably(&self.path.join("aborted"), format!("{sentence}\n").as_bytes())
+    }
+
+    fn remove_old(&self) -> Result<(), StateError> {
+        let all = checkpoints(&self.path)?;
+        for (_, path) in all.iter().take(all.len().saturating_sub(CHECKPOINTS_KEPT)) {
+            fs::remove_file(path).map_err(StateError::io(path, "remove"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Store for RunDir {
+    fn load(&mut self) -> Result<(Option<Snapshot>, Vec<StateError>), StateError> {
+        let mut damaged = Vec::new();
+        for (_, path) in checkpoints(&self.path)?.iter().rev() {
+            match read_snapshot(path) {
+                Ok(snapshot) => return Ok((Some(snapshot), damaged)),
+                Err(error) => damaged.push(error),
+            }
+        }
+        match damaged.pop() {
+            Some(error) => Err(error),
+            None => Ok((None, damaged)),
+        }
+    }
+
+    fn append(&mut self, _event: &Event) -> Result<(), StateError> {
+        Ok(())
+    }
+
+    fn sync(&mut self, snapshot: &Snapshot) -> Result<u64, StateError> {
+        let path = self.path.join(format!("{PREFIX}{:010}", self.next));
+        let mut written = 0;
+        write_durably_with(&path, |file| {
+            written = write_snapshot(file, snapshot)?;
+            Ok(())
+        })?;
+        self.next += 1;
+        self.remove_old()?;
+        Ok(written)
+    }
+}
+
+/// A store that forgets when it is dropped: for fleets in tests and benchmarks.
+#[derive(Debug, Default)]
+pub struct Memory {
+    events: Vec<Event>,
+    snapshot: Option<Snapshot>,
+}
+
+impl Store for Memory {
+    fn load(&mut self) -> Result<(Option<Snapshot>, Vec<StateError>), StateError> {
+        Ok((self.snapshot.clone(), Vec::new()))
+    }
+
+    fn append(&mut self, event: &Event) -> Result<(), StateError> {
+        self.events.push(event.clone());
+        Ok(())
+    }
+
+    fn sync(&mut self, snapshot: &Snapshot) -> Result<u64, StateError> {
+        self.events.clear();
+        self.snapshot = Some(snapshot.clone());
+        Ok(0)
+    }
+}
+
+/// The run that a start goes on with or begins.
+#[derive(Debug)]
+pub struct OpenedRun {
+    /// Its directory.
+    pub dir: RunDir,
+    /// Where it begins.
+    pub from: Snapshot,
+    /// What was found damaged on the way.
+    pub damaged: Vec<StateError>,
+}
+
+/// Why a start has no run.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The state cannot be used.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// An unfinished run has another plan.
+    #[error(
+        "{}: an unfinished run has another plan: {difference}; change it back, or begin anew with --new-run",
+        path.display()
+    )]
+    AnotherPlan {
+        /// The run's directory.
+        path: PathBuf,
+        /// The first difference, by its key.
+        difference: String,
+    },
+    /// No checkpoint of an unfinished run is whole.
+    #[error("the unfinished run has no checkpoint that is whole; begin anew with --new-run: {0}")]
+    Lost(StateError),
+    /// The operating system gave no entropy for the run's id.
+    #[error("cannot draw a run id: {0}")]
+    Entropy(#[from] getrandom::Error),
+}
+
+/// Goes on with the unfinished run, or begins one, by the rules of a second start.
+///
+/// `keep_finished` is for `--exit-when-done`: a finished run of the same plan is opened again.
+///
+/// # Errors
+/// Why there is no run to go on with.
+pub fn open_run(state: &StateDir, plan: &Plan, new_run: bool, keep_finished: bool) -> Result<OpenedRun, RunError> {
+    let runs = state.file("runs");
+    match current_run(&runs)? {
+        Some((run, path)) if !new_run => go_on(&runs, run, path, plan, keep_finished),
+        _ => begin(&runs, plan),
+    }
+}
+
+fn go_on(runs: &Path, run: RunId, path: PathBuf, plan: &Plan, keep_finished: bool) -> Result<OpenedRun, RunError> {
+    if path.join("aborted").exists() {
+        return begin(runs, plan);
+    }
+    let mut dir = RunDir::new(path)?;
+    let (snapshot, damaged) = dir.load().map_err(RunError::Lost)?;
+    let from = snapshot.unwrap_or_else(|| unbegun(run, plan));
+    let before = read_plan(&dir.path)?;
+    let difference = difference(&before, &plan.learning);
+    let same = from.checkpoint.plan == plan.hash() && before.train.rounds <= plan.learning.train.rounds;
+    if from.checkpoint.finished.is_some() {
+        let rounds_too = before.train.rounds == plan.learning.train.rounds;
+        return if same && rounds_too && keep_finished {
+            Ok(OpenedRun { dir, from, damaged })
+        } else {
+            begin(runs, plan)
+        };
+    }
+    if !same || difference.as_ref().is_some_and(|(key, _)| key != "train.rounds") {
+        let difference = difference.map_or_else(|| "the arithmetic of the sum".to_owned(), |(_, sentence)| sentence);
+        return Err(RunError::AnotherPlan { path: dir.path, difference });
+    }
+    write_plan(&dir.path, &plan.learning)?;
+    Ok(OpenedRun { dir, from, damaged })
+}
+
+fn begin(runs: &Path, plan: &Plan) -> Result<OpenedRun, RunError> {
+    let mut id = [0; 16];
+    getrandom::fill(&mut id)?;
+    let run = RunId(id);
+    let path = runs.join(run.to_string());
+    fs::create_dir_all(&path).map_err(StateError::io(&path, "create"))?;
+    sync_parent(runs)?;
+    sync_parent(&path)?;
+    write_plan(&path, &plan.learning)?;
+    // From here on a restart finds it.
+    write_durably(&runs.join("current"), format!("{run}\n").as_bytes())?;
+    Ok(OpenedRun { dir: RunDir::new(path)?, from: unbegun(run, plan), damaged: Vec::new() })
+}
+
+fn unbegun(run: RunId, plan: &Plan) -> Snapshot {
+    let checkpoint = Checkpoint::new(run, plan.hash());
+    Snapshot { checkpoint, schema: Arc::from([]), model: Arc::from([]), server: Vec::new() }
+}
+
+fn current_run(runs: &Path) -> Result<Option<(RunId, PathBuf)>, StateError> {
+    let pointer = runs.join("current");
+    let Some(bytes) = read_small(&pointer)? else { return Ok(None) };
+    let text = String::from_utf8_lossy(&bytes);
+    let run: RunId = text.trim().parse().map_err(|error| StateError::damaged(&pointer, error))?;
+    Ok(Some((run, runs.join(run.to_string()))))
+}
+
+fn plan_file(run: &Path) -> PathBuf {
+    run.join("plan.json")
+}
+
+fn write_plan(run: &Path, learning: &LearningPlan) -> Result<(), StateError> {
+    let path = plan_file(run);
+    let mut text = serde_json::to_vec_pretty(learning).map_err(|error| StateError::damaged(&path, error))?;
+    text.push(b'\n');
+    write_durably(&path, &text)
+}
+
+fn read_plan(run: &Path) -> Result<LearningPlan, StateError> {
+    let path = plan_file(run);
+    let bytes = read_small(&path)?.ok_or_else(|| StateError::damaged(&path, "it is not there"))?;
+    serde_json::from_slice(&bytes).map_err(|error| StateError::damaged(&path, error))
+}
+
+/// The first value that is not the same: its key, and a sentence with both values.
+fn difference(before: &LearningPlan, now: &LearningPlan) -> Option<(String, String)> {
+    let value = |plan| serde_json::to_value(plan).unwrap_or_default();
+    let (before, now) = (leaves("", &value(before)), leaves("", &value(now)));
+    let other = |key: &String, all: &[(String, String)]| {
+        all.iter().find(|(k, _)| k == key).map_or_else(|| "nothing".to_owned(), |(_, value)| value.clone())
+    };
+    let keys = before.iter().chain(&now).map(|(key, _)| key);
+    let changed = keys.filter(|key| other(key, &before) != other(key, &now));
+    // A larger number of rounds alone is no other plan, so it is named last.
+    let key = changed.clone().find(|key| *key != "train.rounds").or_else(|| changed.clone().next())?;
+    Some((key.clone(), format!("{key} was {}, is {}", other(key, &before), other(key, &now))))
+}
+
+fn leaves(prefix: &str, value: &serde_json::Value) -> Vec<(String, String)> {
+    match value {
+        serde_json::Value::Object(fields) => fields
+            .iter()
+            .flat_map(|(name, value)| {
+                let key = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
+                leaves(&key, value)
+            })
+            .collect(),
+        other => vec![(prefix.to_owned(), other.to_string())],
+    }
+}
+
+/// The checkpoints of a run, the oldest first.
+fn checkpoints(run: &Path) -> Result<Vec<(u64, PathBuf)>, StateError> {
+    let entries = fs::read_dir(run).map_err(StateError::io(run, "list"))?;
+    let mut all = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(StateError::io(run, "list"))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if let Some(number) = name.strip_prefix(PREFIX).and_then(|number| number.parse::<u64>().ok()) {
+            all.push((number, path));
+        }
+    }
+    all.sort();
+    Ok(all)
+}
+
+fn write_snapshot(file: &mut File, snapshot: &Snapshot) -> io::Result<u64> {
+    let figures = protocol::messages::encode(&snapshot.checkpoint);
+    let mut out = Hashing::new(BufWriter::with_capacity(1 << 20, file));
+    out.write_all(MAGIC)?;
+    out.write_all(&VERSION.to_le_bytes())?;
+    for section in [&figures[..], &snapshot.schema, &snapshot.model, &snapshot.server] {
+        out.write_all(&(section.len() as u64).to_le_bytes())?;
+        out.write_all(section)?;
+    }
+    let hash = out.hasher.finalize();
+    out.inner.write_all(hash.as_bytes())?;
+    out.inner.flush()?;
+    Ok(out.bytes + 32)
+}
+
+fn read_snapshot(path: &Path) -> Result<Snapshot, StateError> {
+    let file = File::open(path).map_err(StateError::io(path, "open"))?;
+    let mut input = Hashing::new(BufReader::with_capacity(1 << 20, file));
+    parse_snapshot(&mut input).map_err(|reason| StateError::damaged(path, reason))
+}
+
+fn parse_snapshot(input: &mut Hashing<impl Read>) -> Result<Snapshot, String> {
+    let short = |error: io::Error| format!("it ends early: {error}");
+    let mut magic = [0; 8];
+    input.read_exact(&mut magic).map_err(short)?;
+    let mut version = [0; 4];
+    input.read_exact(&mut version).map_err(short)?;
+    if &magic != MAGIC || u32::from_le_bytes(version) != VERSION {
+        return Err("it is not a checkpoint of this version".to_owned());
+    }
+    let figures = read_section(input, FIGURES_BYTES_MAX)?;
+    let schema = read_section(input, SCHEMA_BYTES_MAX)?;
+    let model = read_section(input, MODEL_BYTES_MAX)?;
+    let server = read_section(input, SERVER_BYTES_MAX)?;
+    let hash = input.hasher.finalize();
+    let mut stored = [0; 32];
+    input.inner.read_exact(&mut stored).map_err(short)?;
+    if hash != blake3::Hash::from_bytes(stored) {
+        return Err("its hash does not fit its content".to_owned());
+    }
+    let checkpoint = protocol::messages::decode(&figures).map_err(|error| error.to_string())?;
+    Ok(Snapshot { checkpoint, schema: schema.into(), model: model.into(), server })
+}
+
+fn read_section(input: &mut Hashing<impl Read>, max: u64) -> Result<Vec<u8>, String> {
+    let mut length = [0; 8];
+    input.read_exact(&mut length).map_err(|error| format!("it ends early: {error}"))?;
+    let length = u64::from_le_bytes(length);
+    if length > max {
+        return Err(format!("a section has {length} bytes, the most is {max}"));
+    }
+    // Grows as bytes come: a damaged length must not allocate what is not there.
+    let mut bytes = Vec::new();
+    input.take(length).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    if bytes.len() as u64 == length { Ok(bytes) } else { Err("it ends early".to_owned()) }
+}
+
+/// Hashes and counts what passes.
+struct Hashing<T> {
+    inner: T,
+    hasher: blake3::Hasher,
+    bytes: u64,
+}
+
+impl<T> Hashing<T> {
+    fn new(inner: T) -> Self {
+        Self { inner, hasher: blake3::Hasher::new(), bytes: 0 }
+    }
+
+    fn saw(&mut self, bytes: &[u8]) {
+        self.hasher.update(bytes);
+        self.bytes += bytes.len() as u64;
+    }
+}
+
+impl<T: Write> Write for Hashing<T> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write(bytes)?;
+        self.saw(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+impl<T: Read> Read for Hashing<T> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(bytes)?;
+        self.saw(&bytes[..read]);
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use protocol::evaluation::EvaluationSummary;
+    use protocol::ids::Hash;
+    use protocol::plan::RoundsSpec;
+
+    fn plan(change: impl FnOnce(&mut LearningPlan)) -> Plan {
+        let mut learning = LearningPlan::default();
+        change(&mut learning);
+        Plan::new(learning, RoundsSpec::default()).unwrap()
+    }
+
+    fn state() -> (tempfile::TempDir, StateDir) {
+        let home = tempfile::tempdir().unwrap();
+        let state = StateDir::open(home.path()).unwrap();
+        (home, state)
+    }
+
+    fn commit(run: &mut OpenedRun, model: &[u8], finished: bool) {
+        run.from.model = model.into();
+        run.from.checkpoint.model = Some(Hash::of(model));
+        run.from.checkpoint.finished = finished.then(EvaluationSummary::default);
+        run.dir.sync(&run.from).unwrap();
+    }
+
+    #[test]
+    fn an_unfinished_run_goes_on_from_its_last_commit() {
+        let (_home, state) = state();
+        let mut first = open_run(&state, &plan(|_| ()), false, false).unwrap();
+        let run = first.from.checkpoint.run;
+        let again = open_run(&state, &plan(|_| ()), false, false).unwrap();
+        assert_eq!(again.from, first.from, "before the first commit too");
+        commit(&mut first, b"one", false);
+        commit(&mut first, b"two", false);
+        let again = open_run(&state, &plan(|l| l.train.rounds = 99), false, false).unwrap();
+        assert_eq!((again.from.checkpoint.run, &again.from.model[..]), (run, &b"two"[..]));
+        let anew = open_run(&state, &plan(|_| ()), true, false).unwrap();
+        assert_ne!(anew.from.checkpoint.run, run);
+    }
+
+    #[test]
+    fn another_plan_is_refused_by_the_key_that_differs() {
+        let (_home, state) = state();
+        open_run(&state, &plan(|_| ()), false, false).unwrap();
+        let refused = |change: fn(&mut LearningPlan)| {
+            let RunError::AnotherPlan { difference, .. } = open_run(&state, &plan(change), false, false).unwrap_err()
+            else {
+                panic!("not refused")
+            };
+            difference
+        };
+        assert_eq!(refused(|l| l.train.learning_rate = 0.1), "train.learning_rate was 0.05, is 0.1");
+        assert_eq!(refused(|l| l.data.label = Some("y".into())), "data.label was null, is \"y\"");
+        assert_eq!(refused(|l| l.train.rounds = 3), "train.rounds was 30, is 3");
+        let both = refused(|l| (l.train.rounds, l.train.seed) = (31, 8));
+        assert_eq!(both, "train.seed was 7, is 8");
+    }
+
+    #[test]
+    fn after_a_finished_run_a_new_one_begins_unless_the_result_is_wanted_again() {
+        let (_home, state) = state();
+        let mut first = open_run(&state, &plan(|_| ()), false, false).unwrap();
+        commit(&mut first, b"last", true);
+        let run = first.from.checkpoint.run;
+        let again = open_run(&state, &plan(|_| ()), false, true).unwrap();
+        assert_eq!(again.from.checkpoint.run, run);
+        let other = open_run(&state, &plan(|l| l.train.seed = 8), false, true).unwrap();
+        assert_ne!(other.from.checkpoint.run, run);
+    }
+
+    #[test]
+    fn after_an_aborted_run_a_new_one_begins() {
+        let (_home, state) = state();
+        let first = open_run(&state, &plan(|_| ()), false, false).unwrap();
+        first.dir.mark_aborted("aborted by the operator").unwrap();
+        let next = open_run(&state, &plan(|l| l.train.seed = 8), false, true).unwrap();
+        assert_ne!(next.from.checkpoint.run, first.from.checkpoint.run);
+    }
+
+    #[test]
+    fn the_last_three_checkpoints_are_kept_and_a_damaged_one_gives_way() {
+        let (_home, state) = state();
+        let mut run = open_run(&state, &plan(|_| ()), false, false).unwrap();
+        for round in 0..5u8 {
+            commit(&mut run, &[round; 1000], false);
+        }
+        let all = checkpoints(run.dir.path()).unwrap();
+        assert_eq!(all.iter().map(|(number, _)| *number).collect::<Vec<_>>(), [2, 3, 4]);
+        let newest = &all[2].1;
+        let whole = fs::read(newest).unwrap();
+        for at in [0, 9, 12, 40, whole.len() / 2, whole.len() - 1] {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1;
+            fs::write(newest, damaged).unwrap();
+            let opened = open_run(&state, &plan(|_| ()), false, false).unwrap();
+            assert_eq!(opened.from.model[0], 3, "a bit flipped at {at}");
+            assert_eq!(opened.damaged.len(), 1);
+        }
+        fs::write(newest, &whole[..whole.len() - 7]).unwrap();
+        assert_eq!(open_run(&state, &plan(|_| ()), false, false).unwrap().damaged.len(), 1);
+    }
+
+    #[test]
+    fn a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_silently() {
+        let (_home, state) = state();
+        let mut run = open_run(&state, &plan(|_| ()), false, false).unwrap();
+        commit(&mut run, b"model", false);
+        fs::write(&checkpoints(run.dir.path()).unwrap()[0].1, b"junk").unwrap();
+        assert!(matches!(open_run(&state, &plan(|_| ()), false, false), Err(RunError::Lost(_))));
+        assert!(open_run(&state, &plan(|_| ()), true, false).is_ok());
+    }
+
+    #[test]
+    fn what_was_left_aside_is_no_checkpoint() {
+        let (_home, state) = state();
+        let mut run = open_run(&state, &plan(|_| ()), false, false).unwrap();
+        commit(&mut run, b"model", false);
+        fs::write(run.dir.path().join("checkpoint-0000000001.aside"), b"half").unwrap();
+        assert_eq!(&open_run(&state, &plan(|_| ()), false, false).unwrap().from.model[..], b"model");
+        commit(&mut run, b"next", false);
+        assert_eq!(&open_run(&state, &plan(|_| ()), false, false).unwrap().from.model[..], b"next");
+    }
+}
