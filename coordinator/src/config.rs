@@ -181,7 +181,7 @@ enum Typed {
     Whole(i128),
     Real(f64),
     Truth(bool),
-    List(Vec<Typed>),
+    List(Vec<Self>),
     /// A date or a table, which no key takes.
     Other,
 }

@@ -171,6 +171,8 @@ pub struct OpenedRun {
     pub from: Snapshot,
     /// What was found damaged on the way.
     pub damaged: Vec<StateError>,
+    /// The finished run that was there before, if there was one, with its plan.
+    pub finished: Option<(Snapshot, LearningPlan)>,
 }
 
 /// Why a start has no run.
@@ -224,18 +226,18 @@ fn go_on(runs: &Path, run: RunId, path: PathBuf, plan: &Plan, keep_finished: boo
     let same = from.checkpoint.plan == plan.hash() && before.train.rounds <= plan.learning.train.rounds;
     if from.checkpoint.finished.is_some() {
         let rounds_too = before.train.rounds == plan.learning.train.rounds;
-        return if same && rounds_too && keep_finished {
-            Ok(OpenedRun { dir, from, damaged })
-        } else {
-            begin(runs, plan)
-        };
+        let finished = Some((from.clone(), before));
+        if same && rounds_too && keep_finished {
+            return Ok(OpenedRun { dir, from, damaged, finished });
+        }
+        return Ok(OpenedRun { finished, ..begin(runs, plan)? });
     }
     if !same || difference.as_ref().is_some_and(|(key, _)| key != "train.rounds") {
         let difference = difference.map_or_else(|| "the arithmetic of the sum".to_owned(), |(_, sentence)| sentence);
         return Err(RunError::AnotherPlan { path: dir.path, difference });
     }
     write_plan(&dir.path, &plan.learning)?;
-    Ok(OpenedRun { dir, from, damaged })
+    Ok(OpenedRun { dir, from, damaged, finished: None })
 }
 
 fn begin(runs: &Path, plan: &Plan) -> Result<OpenedRun, RunError> {
@@ -249,7 +251,7 @@ fn begin(runs: &Path, plan: &Plan) -> Result<OpenedRun, RunError> {
     write_plan(&path, &plan.learning)?;
     // From here on a restart finds it.
     write_durably(&runs.join("current"), format!("{run}\n").as_bytes())?;
-    Ok(OpenedRun { dir: RunDir::new(path)?, from: unbegun(run, plan), damaged: Vec::new() })
+    Ok(OpenedRun { dir: RunDir::new(path)?, from: unbegun(run, plan), damaged: Vec::new(), finished: None })
 }
 
 fn unbegun(run: RunId, plan: &Plan) -> Snapshot {
