@@ -1,12 +1,335 @@
-//! The coordinator: the shell around the `Federation` machine.
+//! The coordinator: the shell around the [`Federation`] machine.
+//!
+//! [`run`] takes a state directory and a plan and trains one run, until it is over or somebody says stop. The event
+//! loop is [`fleet`]; around it: who may come ([`enrol`], [`registry`]), what connections do ([`conn`], [`intake`]), tensors
+//! and disk ([`workshop`], [`store`], [`state`]), what people type ([`cli`], [`config`], [`control`]) and see ([`show`],
+//! [`telemetry`], [`http`]). Many coordinators can live in one process: nothing here is global.
 
 pub mod cli;
 pub mod config;
+pub mod conn;
 pub mod control;
 pub mod enrol;
+pub mod fleet;
 pub mod http;
+pub mod intake;
+pub mod orders;
 pub mod registry;
 pub mod show;
 pub mod state;
 pub mod store;
 pub mod telemetry;
+pub mod workshop;
+
+use std::future::Future;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use learning::{DESCRIPTION_FILE, Schema};
+use protocol::federation::{Checkpoint, Federation};
+use protocol::invitation::Invitation;
+use protocol::layout::from_bytes;
+use protocol::plan::{LearningPlan, Plan};
+use tokio::sync::{mpsc, oneshot, watch};
+use transport::{CloseCode, ResetKeys, Server, ServerOptions, SetupError, Taps, TlsIdentity};
+
+use crate::cli::RunSettings;
+use crate::conn::Door;
+use crate::control::Desk;
+use crate::enrol::{Registrar, RegistrarError, RegistrarHandle, write_invitation};
+pub use crate::fleet::Outcome;
+use crate::fleet::{Fleet, FleetError, Inbox, World, fresh_spool};
+use crate::show::{Look, Show, StatusPage};
+use crate::state::{StateDir, StateError};
+use crate::store::{OpenedRun, RunError, Snapshot, open_run};
+use crate::telemetry::Telemetry;
+use crate::workshop::{Places, Workshop, WorkshopError, write_model};
+
+/// Events of connections that may wait for the loop.
+const EVENTS_MAX: usize = 1024;
+
+/// Orders that may wait for the loop.
+const ORDERS_MAX: usize = 16;
+
+/// How often the server's certificate, which is good for 90 days, is made anew.
+const RENEW_EVERY: Duration = Duration::from_secs(24 * 3600);
+
+/// How long the endpoint may take to tell its peers that it is gone.
+const IDLE_MAX: Duration = Duration::from_secs(2);
+
+/// How to run.
+pub struct Options {
+    /// What was typed, checked.
+    pub settings: RunSettings,
+    /// Where workers on this machine look for an invitation, beside the state directory.
+    pub default_join: Option<PathBuf>,
+    /// Where JSON lines go, if a program reads.
+    pub json: Option<Box<dyn Write + Send>>,
+    /// How a person is told.
+    pub look: Look,
+    /// For tests: no flag and no variable sets it.
+    pub taps: Taps,
+    /// Told once workers can come in.
+    pub listening: Option<oneshot::Sender<Bound>>,
+}
+
+impl std::fmt::Debug for Options {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Options").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+impl Options {
+    /// Options without an audience, taps or a default place: for fleets in tests.
+    #[must_use]
+    pub fn quiet(settings: RunSettings) -> Self {
+        let (default_join, json, listening) = (None, None, None);
+        Self { settings, default_join, json, look: Look::Silent, taps: Taps::default(), listening }
+    }
+}
+
+/// Where a coordinator can be found.
+#[derive(Clone, Debug)]
+pub struct Bound {
+    /// Where workers come in.
+    pub address: SocketAddr,
+    /// Where `/metrics` is.
+    pub http: SocketAddr,
+    /// The invitation for workers on this machine.
+    pub invitation: Invitation,
+}
+
+/// Why a coordinator ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The state directory cannot be used.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// There is no run to go on with.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// Keys, registry or authority cannot be used.
+    #[error(transparent)]
+    Registrar(#[from] RegistrarError),
+    /// The UDP address cannot be had.
+    #[error("--listen {address}: cannot listen there; give another address with --listen")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: SetupError,
+    },
+    /// The HTTP address cannot be had.
+    #[error(transparent)]
+    Http(#[from] http::BindError),
+    /// What was saved makes no model, or a model cannot be written.
+    #[error(transparent)]
+    Workshop(#[from] WorkshopError),
+    /// The operating system gives no thread or address.
+    #[error("the operating system refuses: {0}")]
+    System(#[from] std::io::Error),
+    /// The run failed.
+    #[error(transparent)]
+    Fleet(#[from] FleetError),
+}
+
+impl Error {
+    /// 2 for misuse, 1 for everything else.
+    #[must_use]
+    pub fn exit_status(&self) -> u8 {
+        if matches!(self, Self::Run(RunError::AnotherPlan { .. })) { 2 } else { 1 }
+    }
+}
+
+/// Trains one run, until it is over or `shutdown` says so.
+///
+/// # Errors
+/// Why it ended otherwise.
+pub async fn run(mut options: Options, shutdown: impl Future<Output = ()>) -> Result<Outcome, Error> {
+    let settings = options.settings.clone();
+    let plan = settings.config.plan.clone();
+    let state = StateDir::open(&settings.state)?;
+    let registrar = Registrar::open(&state)?;
+    let start = state.count_start()?;
+    let opened = open_run(&state, &plan, settings.new_run, settings.exit_when_done)?;
+    let rounds = plan.learning.train.rounds;
+    let mut show = Show::new(options.json.take(), options.look.clone(), rounds);
+    for damaged in &opened.damaged {
+        show.say(&format!("warning: {damaged}; going on from the checkpoint before it"));
+    }
+    let model_dir = state.file("model");
+    if let Some((last, learning)) = &opened.finished {
+        write_if_missing(&model_dir, learning, last)?;
+    }
+    if opened.from.checkpoint.finished.is_some() {
+        tell_again(&mut show, &opened.from.checkpoint, &model_dir);
+        return Ok(Outcome::Finished);
+    }
+    let telemetry = Telemetry::new();
+    telemetry.metrics.starts.increment(start.into());
+    let began = Began { state, registrar, opened, start, show, telemetry, model_dir };
+    began.run(options, plan, shutdown).await
+}
+
+/// A coordinator that has its state and does not listen yet.
+struct Began {
+    state: StateDir,
+    registrar: Registrar,
+    opened: OpenedRun,
+    start: u32,
+    show: Show,
+    telemetry: Telemetry,
+    model_dir: PathBuf,
+}
+
+impl Began {
+    async fn run(mut self, options: Options, plan: Plan, shutdown: impl Future<Output = ()>) -> Result<Outcome, Error> {
+        let OpenedRun { dir, from, .. } = self.opened;
+        let places = Places { run: dir.path().to_owned(), model: self.model_dir };
+        let (workshop, done) = Workshop::new(plan.clone(), Box::new(dir), places, &from, self.telemetry.clone())?;
+        let schema = workshop.schema();
+        let workshop = workshop.spawn(done)?;
+        let spool = fresh_spool(self.state.file("spool"))?;
+
+        let http = http::bind(options.settings.http).await?;
+        let http_address = http.local_addr()?;
+        let server = bind(&options, &self.state, &self.registrar)?;
+        let address = server.local_address()?;
+        let control = control::bind(&self.state)?;
+        let invitation = invite_locally(&mut self.registrar, &self.state, address, options.default_join.as_deref())?;
+
+        let identity = self.registrar.identity().clone();
+        let registrar = self.registrar.spawn()?;
+        let (events, connections) = mpsc::channel(EVENTS_MAX);
+        let (page, status) = watch::channel(StatusPage::default());
+        let (commands, orders) = mpsc::channel(ORDERS_MAX);
+        let desk = Desk { registrar: registrar.clone(), status: status.clone(), commands, listen: address };
+        let count = AtomicU64::new(0);
+        let (telemetry, listen) = (self.telemetry.clone(), address.ip());
+        let renewal = registrar.clone();
+        let door = Arc::new(Door { server, identity, registrar, events, telemetry, listen, count });
+
+        let machine = Federation::new(plan, from.checkpoint.clone(), self.start);
+        if let Some(figures) = &from.checkpoint.figures {
+            self.show.round(figures);
+            self.telemetry.set_round(figures);
+        }
+        self.show.listening(address, http_address, &machine.status());
+        if let Some(listening) = options.listening {
+            // A caller that does not wait for it does not mind.
+            let _ = listening.send(Bound { address, http: http_address, invitation });
+        }
+        let (end, ended) = oneshot::channel::<()>();
+        let pages = http::serve(http, self.telemetry.clone(), status, async move {
+            // Sent or dropped: both mean the end.
+            let _ = ended.await;
+        });
+        let helpers = [
+            tokio::spawn(Arc::clone(&door).open()),
+            tokio::spawn(control::serve(control, desk)),
+            tokio::spawn(renew(Arc::clone(&door), renewal)),
+            tokio::spawn(async move {
+                if let Err(error) = pages.await {
+                    tracing::warn!("metrics are not served any more: {error}");
+                }
+            }),
+        ];
+        let exit_when_done = options.settings.exit_when_done;
+        let world = World {
+            door: Arc::clone(&door),
+            workshop: workshop.jobs,
+            show: self.show,
+            page,
+            address,
+            spool,
+            schema,
+            exit_when_done,
+        };
+        let inbox = Inbox { connections, workshop: workshop.done, commands: orders };
+        let outcome = Fleet::new(machine, world).run(inbox, shutdown).await;
+        drop(end);
+        door.server.close(CloseCode::GoingAway, "");
+        let _ = tokio::time::timeout(IDLE_MAX, door.server.wait_idle()).await;
+        helpers.iter().for_each(tokio::task::JoinHandle::abort);
+        // The next start replaces it; a stale one only costs a failed connection.
+        let _ = std::fs::remove_file(self.state.file("control.sock"));
+        Ok(outcome?)
+    }
+}
+
+fn bind(options: &Options, state: &StateDir, registrar: &Registrar) -> Result<Server, Error> {
+    let address = options.settings.listen;
+    let secret = state.secret_64("quic.key")?;
+    let (keys, _) = secret.split_first_chunk::<{ ResetKeys::BYTES }>().unwrap_or((&[0; ResetKeys::BYTES], &[]));
+    let ca = registrar.authority().certificate().clone();
+    let mut server = ServerOptions::new(address, ca, tls_identity(registrar)?, ResetKeys::from_bytes(keys));
+    server.strict_pq = options.settings.config.strict_pq;
+    server.taps = options.taps.clone();
+    Server::bind(server).map_err(|source| Error::Listen { address, source })
+}
+
+fn tls_identity(registrar: &Registrar) -> Result<TlsIdentity, RegistrarError> {
+    let key = registrar.identity().signing.tls_key().map_err(enrol::key_error)?;
+    Ok(TlsIdentity { certificate: registrar.certificate()?, key })
+}
+
+/// Writes the invitation for this machine to the state directory and to the user's default place.
+fn invite_locally(
+    registrar: &mut Registrar,
+    state: &StateDir,
+    address: SocketAddr,
+    default_join: Option<&Path>,
+) -> Result<Invitation, Error> {
+    let path = state.file("join");
+    let invitation = registrar.invite_locally(&path, address)?;
+    write_invitation(&path, &invitation)?;
+    if let Some(place) = default_join {
+        write_invitation(place, &invitation)?;
+    }
+    Ok(invitation)
+}
+
+/// Presents a fresh certificate every day.
+async fn renew(door: Arc<Door>, registrar: RegistrarHandle) {
+    loop {
+        tokio::time::sleep(RENEW_EVERY).await;
+        let renewed = async {
+            let certificate = registrar.certificate().await?;
+            let key = door.identity.signing.tls_key().map_err(enrol::key_error)?;
+            Ok::<_, RegistrarError>(TlsIdentity { certificate, key })
+        };
+        match renewed.await.map(|identity| door.server.set_identity(&identity)) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!("the server's certificate cannot be renewed: {error}"),
+            Err(error) => tracing::warn!("the server's certificate cannot be renewed: {error}"),
+        }
+    }
+}
+
+/// Tells the result of a finished run again.
+fn tell_again(show: &mut Show, checkpoint: &Checkpoint, model_dir: &Path) {
+    if let Some(figures) = &checkpoint.figures {
+        show.round(figures);
+    }
+    if let (Some(evaluation), Some(model)) = (&checkpoint.finished, checkpoint.model) {
+        let rounds = u32::try_from(checkpoint.rounds.len()).unwrap_or(u32::MAX);
+        show.done(rounds, evaluation, model, model_dir);
+    }
+}
+
+/// Writes the model of a finished run whose process ended between the last commit and the writing.
+fn write_if_missing(directory: &Path, learning: &LearningPlan, last: &Snapshot) -> Result<(), Error> {
+    let (Some(evaluation), Some(hash)) = (last.checkpoint.finished, last.checkpoint.model) else { return Ok(()) };
+    let description = state::read_small(&directory.join(DESCRIPTION_FILE))?.unwrap_or_default();
+    if String::from_utf8_lossy(&description).contains(&hash.to_string()) {
+        return Ok(());
+    }
+    let unusable = |error: String| Error::Workshop(WorkshopError::Unusable(error));
+    let schema = Schema::from_bytes(&last.schema).map_err(|error| unusable(error.to_string()))?;
+    let weights = from_bytes(&last.model).ok_or_else(|| unusable("the model is cut".to_owned()))?;
+    Ok(write_model(directory, &learning.model, schema, evaluation, weights)?)
+}

@@ -1,2 +1,79 @@
-//! Entry point.
-fn main() {}
+//! `coordinator`: parse, run, exit status.
+
+use std::error::Error as StdError;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use tracing_subscriber::EnvFilter;
+use tributary_coordinator::cli::{Cli, state_home};
+use tributary_coordinator::show::{LogWriter, Look};
+use tributary_coordinator::{Options, Outcome, orders, run};
+
+/// Threads of the runtime: one for the event loop, one for everybody else.
+const RUNTIME_THREADS: usize = 2;
+
+fn main() -> ExitCode {
+    single_threaded_products();
+    let cli = Cli::parse();
+    let state = match cli.state() {
+        Ok(state) => state,
+        Err(error) => return failed(&error, 2),
+    };
+    if let Some(command) = &cli.command {
+        return orders::execute(&state, command).map_or_else(|error| failed(&error, 1), |()| ExitCode::SUCCESS);
+    }
+    let settings = match cli.run_settings(state) {
+        Ok(settings) => settings,
+        Err(error) => return failed(&error, 2),
+    };
+    let look = Look::of_stderr(settings.json);
+    log_to(look.clone());
+    let json: Option<Box<dyn std::io::Write + Send>> =
+        if settings.json { Some(Box::new(std::io::stdout())) } else { None };
+    let default_join = state_home().ok().map(|home| home.join("join"));
+    let options = Options { default_join, json, look, ..Options::quiet(settings) };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).enable_all().build();
+    let outcome = match runtime {
+        Ok(runtime) => runtime.block_on(async { run(options, orders::interrupted()?).await }),
+        Err(error) => Err(error.into()),
+    };
+    match outcome {
+        Ok(Outcome::Finished | Outcome::Stopped) => ExitCode::SUCCESS,
+        Err(error) => failed(&error, error.exit_status()),
+    }
+}
+
+/// Matrix products of our sizes are slower on two threads than on one, and the libraries read this when first used.
+#[allow(unsafe_code)]
+fn single_threaded_products() {
+    for name in ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"] {
+        if std::env::var_os(name).is_none() {
+            // SAFETY: this is the first thing that main does, so no other thread reads the environment.
+            unsafe { std::env::set_var(name, "1") };
+        }
+    }
+}
+
+/// `error: a: b: c`.
+fn failed(error: &dyn StdError, status: u8) -> ExitCode {
+    let mut chain = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let told = cause.to_string();
+        if !chain.ends_with(&told) {
+            chain = format!("{chain}: {told}");
+        }
+        source = cause.source();
+    }
+    Look::Plain.say(&format!("error: {chain}"));
+    ExitCode::from(status)
+}
+
+/// Log lines go where lines for a person go; `RUST_LOG` says how many.
+fn log_to(look: Look) {
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("tributary_coordinator=info,warn"));
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_target(false).without_time();
+    // Nobody else sets one in this process.
+    let _ = subscriber.with_writer(move || LogWriter(look.clone())).try_init();
+}

@@ -1,0 +1,716 @@
+//! The event loop: the real world around one [`Federation`].
+//!
+//! One task owns the machine. Whatever happens outside becomes an [`Input`]: what connections hear, what the workshop
+//! made, what an operator orders, what time it is. After each input the machine is drained: events go to the store, to
+//! telemetry and to whoever looks on; acts are done once what they rest on is durable. Everything heavy is elsewhere:
+//! cryptography in the tasks of connections ([`crate::conn`]), payloads on the compute pool ([`crate::intake`]), tensors
+//! and disk in the workshop ([`crate::workshop`]). The loop never waits for any of them.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use learning::Schema;
+use protocol::evaluation::EvaluationSummary;
+use protocol::federation::{Act, Assignment, Event, EventNo, Federation, Gate, Gone, Input, Notice, Output};
+use protocol::ids::{ConnId, ContentId, Hash, TaskId, Time, WorkerId};
+use protocol::messages::{Assigned, ContentRef, PROTOCOL_VERSION, TaskKind, ToWorker, Upload, Welcome};
+use tokio::sync::{mpsc, oneshot, watch};
+use transport::{CloseCode, Connection, TrafficTotals};
+
+use crate::conn::{Door, FromConn, Joined, Received, Saying, Ticket};
+use crate::control::Command;
+use crate::intake::Declared;
+use crate::registry::Worker;
+use crate::show::{Show, StatusPage};
+use crate::telemetry::{Direction, Kind, WorkerState, lossy};
+use crate::workshop::{Content, Done, Job, WorkshopError};
+
+/// How often figures are taken that no event brings.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// How long goodbyes may take altogether.
+const PARTING_MAX: Duration = Duration::from_secs(5);
+
+/// How a run of the coordinator ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The run is over, and its model is written.
+    Finished,
+    /// It was told to stop, and kept everything.
+    Stopped,
+}
+
+/// How it ended otherwise.
+#[derive(Debug, thiserror::Error)]
+pub enum FleetError {
+    /// The run was given up, or cannot go on.
+    #[error("{0}")]
+    Failed(String),
+    /// The disk is broken, or we are.
+    #[error(transparent)]
+    Workshop(#[from] WorkshopError),
+    /// A payload could not be spooled.
+    #[error("spool: {0}")]
+    Spool(crate::intake::IntakeError),
+    /// A task names a content that is not there.
+    #[error("content {0:?} is to be streamed and is not there")]
+    NoContent(Hash),
+}
+
+/// Where inputs come from.
+#[derive(Debug)]
+pub struct Inbox {
+    /// Connections.
+    pub connections: mpsc::Receiver<FromConn>,
+    /// The workshop.
+    pub workshop: mpsc::UnboundedReceiver<Done>,
+    /// Operators.
+    pub commands: mpsc::Receiver<Command>,
+}
+
+/// Everything outside that the loop acts on.
+#[derive(Debug)]
+pub struct World {
+    /// Where connections come in.
+    pub door: Arc<Door>,
+    /// Tensors and disk.
+    pub workshop: mpsc::UnboundedSender<Job>,
+    /// People and programs who look on.
+    pub show: Show,
+    /// The status page.
+    pub page: watch::Sender<StatusPage>,
+    /// Where workers come in.
+    pub address: SocketAddr,
+    /// Where large payloads wait.
+    pub spool: Arc<Path>,
+    /// The frozen schema, if there is one yet.
+    pub schema: Option<Arc<Schema>>,
+    /// Whether the loop ends with the run.
+    pub exit_when_done: bool,
+}
+
+/// The loop's state.
+#[derive(Debug)]
+pub struct Fleet {
+    machine: Federation,
+    world: World,
+    began: Instant,
+    alarm: Option<Time>,
+    gates: Gates,
+    peers: BTreeMap<ConnId, Peer>,
+    uploads: Uploads,
+    /// What may be streamed: the schema, and at most two models.
+    contents: BTreeMap<Hash, Arc<Content>>,
+    newest: Option<Hash>,
+    /// Shut out since the start: one of them may be between its handshake and its first word.
+    revoked: BTreeSet<WorkerId>,
+    /// Who does not read what it is told.
+    deaf: Vec<ConnId>,
+    course: Course,
+    seen: Seen,
+}
+
+/// Which acts wait for what.
+#[derive(Debug, Default)]
+struct Gates {
+    /// Events that were handed to the store.
+    appended: u64,
+    /// The last event that must be synced and has not been sent there.
+    unsynced: Option<EventNo>,
+    /// The last event that is being synced.
+    syncing: EventNo,
+    /// Up to this one, everything is durable.
+    synced: EventNo,
+    waiting: VecDeque<(EventNo, Act)>,
+}
+
+/// A worker with a live session.
+#[derive(Debug)]
+struct Peer {
+    worker: Worker,
+    link: Connection,
+    sayings: mpsc::Sender<Saying>,
+    /// Contents that were streamed to it.
+    had: BTreeSet<ContentId>,
+    /// Packets lost so far, as they were last counted.
+    lost: u64,
+    /// Goodbye was said.
+    parting: bool,
+}
+
+/// Payloads on their way. An upload's stream and the act that lets it in may come in either order.
+#[derive(Debug, Default)]
+struct Uploads {
+    tickets: u64,
+    /// What the machine waits for.
+    expected: BTreeMap<TaskId, Expected>,
+    /// Streams that wait for the machine. QUIC bounds how many a connection has open.
+    early: BTreeMap<(ConnId, TaskId), Early>,
+}
+
+#[derive(Debug)]
+struct Expected {
+    conn: ConnId,
+    declared: Declared,
+    /// The stream that was let in; dropped, it ends.
+    under_way: Option<(u64, oneshot::Sender<()>)>,
+}
+
+#[derive(Debug)]
+struct Early {
+    hash: Hash,
+    ticket: oneshot::Sender<Ticket>,
+}
+
+/// Where the loop is going.
+#[derive(Debug)]
+enum Course {
+    Running,
+    /// The run is over, and the model is being written.
+    Finishing(EvaluationSummary),
+    /// The run is over, and people may still look at it.
+    Lingering,
+    /// Goodbyes are on their way.
+    Parting {
+        until: Instant,
+        outcome: Result<Outcome, FleetError>,
+    },
+}
+
+/// What was last counted of figures that only grow.
+#[derive(Debug, Default)]
+struct Seen {
+    traffic: Option<TrafficTotals>,
+    checkpoint: Option<Instant>,
+    commit: Option<Instant>,
+}
+
+impl Fleet {
+    /// A loop around `machine`.
+    #[must_use]
+    pub fn new(machine: Federation, world: World) -> Self {
+        Self {
+            machine,
+            world,
+            began: Instant::now(),
+            alarm: None,
+            gates: Gates::default(),
+            peers: BTreeMap::new(),
+            uploads: Uploads::default(),
+            contents: BTreeMap::new(),
+            newest: None,
+            revoked: BTreeSet::new(),
+            deaf: Vec::new(),
+            course: Course::Running,
+            seen: Seen::default(),
+        }
+    }
+
+    /// Runs until the run is over or `shutdown` says so.
+    ///
+    /// # Errors
+    /// Why the run cannot go on.
+    pub async fn run(mut self, mut inbox: Inbox, shutdown: impl Future<Output = ()>) -> Result<Outcome, FleetError> {
+        let mut shutdown = pin!(shutdown);
+        let mut stopped = false;
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        self.await_workshop(&mut inbox).await;
+        self.drain();
+        while !self.has_parted() {
+            tokio::select! {
+                Some(event) = inbox.connections.recv() => self.hear(event),
+                Some(done) = inbox.workshop.recv() => self.take_in(done),
+                Some(command) = inbox.commands.recv() => self.obey(command),
+                () = sleep_until(self.began, self.alarm) => self.input(Input::Tick),
+                _ = look.tick() => self.look_around(),
+                () = &mut shutdown, if !stopped => {
+                    stopped = true;
+                    self.input(Input::Stop);
+                }
+            }
+            self.drain();
+        }
+        match self.course {
+            Course::Parting { outcome, .. } => outcome,
+            _ => Ok(Outcome::Stopped),
+        }
+    }
+
+    /// Before the first worker is given anything, what was saved must be ready to be streamed.
+    async fn await_workshop(&mut self, inbox: &mut Inbox) {
+        while let Some(done) = inbox.workshop.recv().await {
+            match done {
+                Done::Ready => return,
+                done => self.take_in(done),
+            }
+        }
+    }
+
+    fn now(&self) -> Time {
+        Time(u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    fn input(&mut self, input: Input) {
+        self.machine.handle(self.now(), input);
+    }
+
+    // --- outputs ---
+
+    /// Takes from the machine what it has to say, and syncs once for all that waits.
+    fn drain(&mut self) {
+        loop {
+            match self.machine.poll() {
+                Output::Append(event) => self.append(event),
+                Output::Act { after, act } => {
+                    if let Some(act) = self.gates.hold(after, act) {
+                        self.act(act);
+                    }
+                }
+                Output::Wait(alarm) => {
+                    self.alarm = alarm;
+                    match self.deaf.pop() {
+                        Some(conn) => self.input(Input::Misbehaved { conn, what: "it does not read".to_owned() }),
+                        None => break,
+                    }
+                }
+            }
+        }
+        if let Some(no) = self.gates.unsynced.take() {
+            self.gates.syncing = no;
+            self.job(Job::Sync(no, Box::new(self.machine.checkpoint())));
+        }
+    }
+
+    fn append(&mut self, event: Event) {
+        self.gates.appended += 1;
+        if event.is_commit() {
+            self.gates.unsynced = Some(EventNo(self.gates.appended));
+            self.seen.commit = Some(Instant::now());
+        }
+        self.world.door.telemetry.saw(&event);
+        self.world.show.saw(&event);
+        let is_turn = matches!(
+            event,
+            Event::Notice(Notice::Stage { .. } | Notice::Ready { .. } | Notice::Gone { .. } | Notice::Paused(_))
+        );
+        if event.is_fact() {
+            if let Event::Committed { figures, .. } = &event {
+                self.world.page.send_modify(|page| page.figures = Some(**figures));
+            }
+            self.job(Job::Append(event));
+        }
+        if is_turn {
+            self.show_page();
+        }
+    }
+
+    /// The workshop says so itself if it is broken; if its thread is gone, the loop is ending.
+    fn job(&self, job: Job) {
+        let _ = self.world.workshop.send(job);
+    }
+
+    fn act(&mut self, act: Act) {
+        match act {
+            Act::Welcome { conn } => self.welcome(conn),
+            Act::Assign { conn, assignment } => self.assign(conn, assignment),
+            Act::Send { conn, message } => {
+                self.uploads.answered(conn, &message);
+                self.say(conn, Saying::Message(message));
+            }
+            Act::Receipt { conn, receipt } => {
+                self.uploads.early.remove(&(conn, receipt.task));
+                self.say(conn, Saying::Receipt(receipt));
+            }
+            Act::Receive { conn, task, kind, hash, bytes } => self.receive(conn, task, kind, hash, bytes),
+            Act::Forget { task } => {
+                self.uploads.expected.remove(&task);
+                self.job(Job::Forget(task));
+            }
+            Act::Fold { task, weight } => self.job(Job::Fold(task, weight)),
+            Act::Merge { surveys } => self.job(Job::Merge(surveys)),
+            Act::Step { round, tasks } => {
+                // Nobody begins from this model any more; the step needs the memory.
+                self.contents.retain(|_, content| content.kind != Kind::Model);
+                self.job(Job::Step(round, tasks));
+            }
+            Act::Train { round, rows } => self.job(Job::Train(round, rows)),
+            Act::Close { conn, why } => self.close(conn, &why),
+            Act::Finish { evaluation } => {
+                self.course = Course::Finishing(evaluation);
+                self.job(Job::Finish(evaluation));
+            }
+            Act::Fail { sentence } => self.job(Job::Abort(sentence)),
+            Act::End => self.part(CloseCode::GoingAway, Ok(Outcome::Stopped)),
+        }
+    }
+
+    // --- what is said to workers ---
+
+    fn say(&mut self, conn: ConnId, saying: Saying) {
+        let Some(peer) = self.peers.get(&conn).filter(|peer| !peer.parting) else { return };
+        if let Err(mpsc::error::TrySendError::Full(_)) = peer.sayings.try_send(saying) {
+            self.deaf.push(conn);
+        }
+    }
+
+    fn welcome(&mut self, conn: ConnId) {
+        let Some(peer) = self.peers.get(&conn) else { return };
+        let plan = self.machine.plan();
+        let welcome = Welcome {
+            version: PROTOCOL_VERSION,
+            run: self.machine.run(),
+            ed25519: self.world.door.identity.signing.public(),
+            name: peer.worker.name.clone(),
+            weight_max: peer.worker.weight_max,
+            norm_max: plan.ring.norm_max,
+            learning: plan.learning.clone(),
+        };
+        self.say(conn, Saying::Message(ToWorker::Welcome(Box::new(welcome))));
+    }
+
+    /// Streams what the worker lacks, and tells it of its task.
+    fn assign(&mut self, conn: ConnId, assignment: Assignment) {
+        let Assignment { task, round, kind, schema, model, layout, weight_shift } = assignment;
+        let (schema, model) = (self.supply(conn, schema), self.supply(conn, model));
+        let assigned = Assigned { task, round, kind, schema, model, layout, weight_shift };
+        self.say(conn, Saying::Message(ToWorker::Assigned(Box::new(assigned))));
+    }
+
+    fn supply(&mut self, conn: ConnId, hash: Option<Hash>) -> Option<ContentRef> {
+        let hash = hash?;
+        let Some(content) = self.contents.get(&hash).cloned() else {
+            self.part(CloseCode::Internal, Err(FleetError::NoContent(hash)));
+            return None;
+        };
+        let reference = content.reference.clone();
+        let peer = self.peers.get_mut(&conn)?;
+        if peer.had.insert(reference.id) {
+            self.say(conn, Saying::Content(content));
+        }
+        Some(reference)
+    }
+
+    fn close(&mut self, conn: ConnId, why: &Gone) {
+        let (code, reason) = match why {
+            Gone::Disconnected | Gone::Left => (CloseCode::Done, String::new()),
+            Gone::Silent | Gone::Stuck => (CloseCode::TimedOut, why.to_string()),
+            Gone::Displaced => (CloseCode::Displaced, String::new()),
+            // The sentence went ahead, sealed.
+            Gone::Declined(_) => (CloseCode::Done, String::new()),
+            Gone::Misbehaved(what) => (CloseCode::Misbehaved, what.clone()),
+            Gone::Revoked => (CloseCode::Revoked, String::new()),
+        };
+        self.dismiss(conn, code, reason);
+    }
+
+    /// Says goodbye; the connection's end is heard later.
+    fn dismiss(&mut self, conn: ConnId, code: CloseCode, reason: String) {
+        self.uploads.leave(conn);
+        let Some(peer) = self.peers.get_mut(&conn) else { return };
+        if !std::mem::replace(&mut peer.parting, true) {
+            // Who does not read is not waited for.
+            if peer.sayings.try_send(Saying::Close(code, reason.clone())).is_err() {
+                peer.link.close(code, &reason);
+            }
+        }
+    }
+
+    /// Says goodbye to everybody, and ends when they have heard it.
+    fn part(&mut self, code: CloseCode, outcome: Result<Outcome, FleetError>) {
+        if matches!(self.course, Course::Parting { .. }) {
+            return;
+        }
+        self.course = Course::Parting { until: Instant::now() + PARTING_MAX, outcome };
+        let everybody: Vec<ConnId> = self.peers.keys().copied().collect();
+        for conn in everybody {
+            self.dismiss(conn, code, String::new());
+        }
+    }
+
+    /// Whether everybody has heard the goodbye, and everything that was to be durable is.
+    fn has_parted(&self) -> bool {
+        let Course::Parting { until, outcome } = &self.course else { return false };
+        let done = self.peers.is_empty() && (self.gates.synced >= self.gates.syncing || outcome.is_err());
+        done || Instant::now() >= *until
+    }
+
+    // --- what connections hear ---
+
+    fn hear(&mut self, event: FromConn) {
+        match event {
+            FromConn::Joined(joined) => self.join(*joined),
+            FromConn::Said(conn, message) => self.input(Input::Said { conn, message }),
+            FromConn::Offered(conn, manifest, authentic) => self.input(Input::Offered { conn, manifest, authentic }),
+            FromConn::Upload(conn, upload, ticket) => self.uploads.begun(conn, upload, ticket),
+            FromConn::Received(ticket, task, received) => self.received(ticket, task, received),
+            FromConn::Misbehaved(conn, what) => self.input(Input::Misbehaved { conn, what }),
+            FromConn::Gone(conn) => {
+                self.uploads.leave(conn);
+                if let Some(mut peer) = self.peers.remove(&conn) {
+                    self.count_lost(&mut peer);
+                }
+                self.input(Input::Gone { conn });
+            }
+        }
+    }
+
+    fn join(&mut self, joined: Joined) {
+        let Joined { conn, worker, instance, link, sayings } = joined;
+        let (id, name, weight_max) = (worker.id, worker.name.clone(), worker.weight_max);
+        let peer = Peer { worker, link, sayings, had: BTreeSet::new(), lost: 0, parting: false };
+        self.peers.insert(conn, peer);
+        if self.revoked.contains(&id) {
+            return self.dismiss(conn, CloseCode::Revoked, String::new());
+        }
+        if matches!(self.course, Course::Parting { .. }) {
+            return self.dismiss(conn, CloseCode::GoingAway, String::new());
+        }
+        self.input(Input::Joined { conn, worker: id, name, weight_max, instance });
+    }
+
+    fn receive(&mut self, conn: ConnId, task: TaskId, kind: TaskKind, hash: Hash, bytes: u64) {
+        let (ring, schema, spool) = (self.machine.plan().ring, self.world.schema.clone(), self.world.spool.clone());
+        let declared = Declared { task, kind, hash, bytes, ring, schema, spool };
+        self.uploads.expect(conn, declared);
+    }
+
+    fn received(&mut self, ticket: u64, task: TaskId, received: Received) {
+        // What the machine no longer waits for, or waits for from another stream by now, is dropped here.
+        let Some(hash) = self.uploads.ended(ticket, task) else { return };
+        match received {
+            Received::Whole(payload) => {
+                let norm = payload.norm();
+                self.job(Job::Keep(task, payload));
+                self.input(Input::Verified { task, hash, norm });
+            }
+            Received::Spoiled(refusal) => self.input(Input::Spoiled { task, hash, refusal }),
+            Received::Cut => self.input(Input::Cut { task, hash }),
+            Received::Foul(conn, what) => self.input(Input::Misbehaved { conn, what }),
+            Received::Broken(error) => self.part(CloseCode::Internal, Err(FleetError::Spool(error))),
+        }
+    }
+
+    // --- what the workshop made ---
+
+    fn take_in(&mut self, done: Done) {
+        match done {
+            Done::Ready => {}
+            Done::Learned(input) => self.input(input),
+            Done::Sealed(content) => self.offer(content),
+            Done::Schema(schema) => self.world.schema = Some(schema),
+            Done::Synced { no, bytes, took } => self.synced(no, bytes, took),
+            Done::Spooled(bytes) => self.world.door.telemetry.metrics.spool_bytes.set(lossy(bytes)),
+            Done::Written(path) => self.written(&path),
+            Done::Aborted(sentence) => self.part(CloseCode::Done, Err(FleetError::Failed(sentence))),
+            Done::Broken(error) => self.part(CloseCode::Internal, Err(error.into())),
+        }
+    }
+
+    /// A content may be streamed from now on. In `central` mode the newest model is ahead of the newest commit, so the
+    /// one before it stays, too.
+    fn offer(&mut self, content: Arc<Content>) {
+        if content.kind == Kind::Model {
+            let former = self.newest.replace(content.reference.hash);
+            self.contents.retain(|hash, content| content.kind != Kind::Model || Some(*hash) == former);
+        }
+        self.contents.insert(content.reference.hash, content);
+    }
+
+    /// Opens the gates of all that waited for this event or an earlier one.
+    fn synced(&mut self, no: EventNo, bytes: u64, took: Duration) {
+        let metrics = &self.world.door.telemetry.metrics;
+        metrics.checkpoint_sync_seconds.record(took.as_secs_f64());
+        metrics.checkpoint_bytes.set(lossy(bytes));
+        self.seen.checkpoint = Some(Instant::now());
+        self.gates.synced = no;
+        while let Some(act) = self.gates.released() {
+            self.act(act);
+        }
+    }
+
+    fn written(&mut self, path: &Path) {
+        let Course::Finishing(evaluation) = self.course else { return };
+        self.course = Course::Lingering;
+        let status = self.machine.status();
+        if let Some(model) = status.model {
+            self.world.show.done(status.round, &evaluation, model, path);
+        }
+        if self.world.exit_when_done {
+            self.part(CloseCode::Done, Ok(Outcome::Finished));
+        } else {
+            self.world.show.say("workers may come for the result; /metrics is served until Ctrl-C");
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Revoked(worker) => {
+                self.revoked.insert(worker);
+                self.input(Input::Revoked { worker });
+            }
+            Command::Abort => self.input(Input::Abort),
+        }
+    }
+
+    // --- figures ---
+
+    /// Takes the figures that no event brings.
+    fn look_around(&mut self) {
+        let mut peers = std::mem::take(&mut self.peers);
+        for peer in peers.values_mut() {
+            self.world.door.telemetry.metrics.rtt.record(peer.link.stats().rtt.as_secs_f64());
+            self.count_lost(peer);
+        }
+        self.peers = peers;
+        self.show_page();
+        let metrics = &self.world.door.telemetry.metrics;
+        let age = |since: Option<Instant>| since.map_or(0.0, |since| since.elapsed().as_secs_f64());
+        metrics.checkpoint_age.set(age(self.seen.checkpoint));
+        metrics.last_commit_age.set(age(self.seen.commit));
+        metrics.connections.set(lossy(self.world.door.server.counts().connections as u64));
+        self.count_traffic();
+        self.world.door.telemetry.upkeep();
+    }
+
+    fn count_lost(&self, peer: &mut Peer) {
+        let lost = peer.link.stats().lost_packets;
+        self.world.door.telemetry.metrics.lost_packets.increment(lost.saturating_sub(peer.lost));
+        peer.lost = lost;
+    }
+
+    fn count_traffic(&mut self) {
+        let now = self.world.door.server.traffic();
+        let before = self.seen.traffic.replace(now).unwrap_or_default();
+        let metrics = &self.world.door.telemetry.metrics;
+        metrics.quic_bytes.with(Direction::Out).increment(now.sent_bytes - before.sent_bytes);
+        metrics.quic_bytes.with(Direction::In).increment(now.received_bytes - before.received_bytes);
+        metrics.quic_datagrams.with(Direction::Out).increment(now.sent_datagrams - before.sent_datagrams);
+        metrics.quic_datagrams.with(Direction::In).increment(now.received_datagrams - before.received_datagrams);
+    }
+
+    fn show_page(&mut self) {
+        let status = self.machine.status();
+        let metrics = &self.world.door.telemetry.metrics;
+        let busy = status.workers.iter().filter(|(_, busy)| *busy).count();
+        metrics.permits_in_use.set(f64::from(status.permits_in_use));
+        metrics.workers.with(WorkerState::Connected).set(lossy(status.workers.len() as u64));
+        metrics.workers.with(WorkerState::Busy).set(lossy(busy as u64));
+        metrics.workers.with(WorkerState::Enrolled).set(lossy(self.world.door.registrar.enrolled() as u64));
+        self.world.page.send_modify(|page| {
+            page.listening = true;
+            page.address = Some(self.world.address);
+            page.status = Some(status);
+        });
+    }
+}
+
+impl Gates {
+    /// The act, if its gate is open; else it is kept until [`Self::released`].
+    fn hold(&mut self, after: Gate, act: Act) -> Option<Act> {
+        match after {
+            // Events are handed to the store before any act that follows them is looked at.
+            Gate::Appended(_) => Some(act),
+            Gate::Synced(no) if no <= self.synced => Some(act),
+            Gate::Synced(no) => {
+                self.waiting.push_back((no, act));
+                None
+            }
+        }
+    }
+
+    /// The next act whose gate has opened, in the order in which they were decided.
+    fn released(&mut self) -> Option<Act> {
+        let open = self.waiting.front().is_some_and(|(no, _)| *no <= self.synced);
+        if open { self.waiting.pop_front().map(|(_, act)| act) } else { None }
+    }
+}
+
+impl Uploads {
+    /// The machine waits for this from now on, and for nothing else for the same task.
+    fn expect(&mut self, conn: ConnId, declared: Declared) {
+        let (task, hash) = (declared.task, declared.hash);
+        self.expected.insert(task, Expected { conn, declared, under_way: None });
+        let is_it = self.early.get(&(conn, task)).is_some_and(|early| early.hash == hash);
+        if let Some(early) = self.early.remove(&(conn, task)).filter(|_| is_it) {
+            self.let_in(task, early.ticket);
+        }
+    }
+
+    /// A stream has begun.
+    fn begun(&mut self, conn: ConnId, upload: Upload, ticket: oneshot::Sender<Ticket>) {
+        let Upload { task, hash, .. } = upload;
+        let expected = self.expected.get(&task).filter(|e| e.conn == conn && e.declared.hash == hash);
+        match expected.map(|expected| expected.under_way.is_some()) {
+            Some(false) => self.let_in(task, ticket),
+            // Said twice: one of them is on its way.
+            Some(true) => drop(ticket),
+            None => {
+                // Those who gave up waiting make room.
+                self.early.retain(|_, early| !early.ticket.is_closed());
+                self.early.insert((conn, task), Early { hash, ticket });
+            }
+        }
+    }
+
+    fn let_in(&mut self, task: TaskId, ticket: oneshot::Sender<Ticket>) {
+        let Some(expected) = self.expected.get_mut(&task) else { return };
+        self.tickets += 1;
+        let (hold, stop) = oneshot::channel();
+        expected.under_way = Some((self.tickets, hold));
+        // A stream that is gone by now has its connection end, which is heard, too.
+        let _ = ticket.send(Ticket { number: self.tickets, declared: expected.declared.clone(), stop });
+    }
+
+    /// A stream has ended: the hash that was waited for, if it was this one.
+    fn ended(&mut self, ticket: u64, task: TaskId) -> Option<Hash> {
+        let expected = self.expected.get(&task)?;
+        if expected.under_way.as_ref()?.0 != ticket {
+            return None;
+        }
+        self.expected.remove(&task).map(|expected| expected.declared.hash)
+    }
+
+    /// An answer to an offer also answers the stream that came with it.
+    fn answered(&mut self, conn: ConnId, message: &ToWorker) {
+        if let ToWorker::Held { task, .. }
+        | ToWorker::AlreadyHeld { task, .. }
+        | ToWorker::Late { task }
+        | ToWorker::Refused { task, .. } = message
+        {
+            self.early.remove(&(conn, *task));
+        }
+    }
+
+    fn leave(&mut self, conn: ConnId) {
+        self.early.retain(|(of, _), _| *of != conn);
+    }
+}
+
+/// Sleeps until `alarm`, which counts from `began`; for ever without one.
+async fn sleep_until(began: Instant, alarm: Option<Time>) {
+    match alarm {
+        Some(Time(nanos)) => tokio::time::sleep_until((began + Duration::from_nanos(nanos)).into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The directory where large payloads wait: made anew, empty.
+///
+/// # Errors
+/// If it cannot be.
+pub fn fresh_spool(path: PathBuf) -> Result<Arc<Path>, crate::state::StateError> {
+    use crate::state::StateError;
+    match std::fs::remove_dir_all(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(StateError::io(&path, "empty")(error));
+        }
+        _ => {}
+    }
+    std::fs::create_dir_all(&path).map_err(StateError::io(&path, "create"))?;
+    Ok(path.into())
+}

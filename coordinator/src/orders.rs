@@ -1,0 +1,115 @@
+//! What a person types beside running: `invite`, `workers`, `revoke`, `status`, `abort`; and Ctrl-C.
+
+use std::future::Future;
+use std::io::{self, Write as _};
+use std::path::Path;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::cli::{Command, InviteArgs};
+use crate::control::{Answer, ControlError, Request, WorkerRow, ask};
+use crate::state::{StateError, write_durably};
+
+/// The exit status after a second Ctrl-C.
+const INTERRUPTED: i32 = 130;
+
+/// Why a command came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum OrderError {
+    /// Nobody can do it.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The invitation cannot be written.
+    #[error(transparent)]
+    Write(#[from] StateError),
+    /// Nobody reads what is printed.
+    #[error("cannot print: {0}")]
+    Print(#[from] io::Error),
+    /// The answer is to another question.
+    #[error("the coordinator answers something else than was asked; is it of another version?")]
+    Confused,
+}
+
+/// Does what a command says, and prints what came of it.
+///
+/// # Errors
+/// Why it came to nothing.
+pub fn execute(state: &Path, command: &Command) -> Result<(), OrderError> {
+    let answer = ask(state, &request(command))?;
+    let mut out = io::stdout().lock();
+    match (command, answer) {
+        (Command::Invite(InviteArgs { out: Some(path), .. }), Answer::Invitation(text)) => write_out(path, &text)?,
+        (Command::Invite(_), Answer::Invitation(text)) => writeln!(out, "{text}")?,
+        (Command::Workers, Answer::Workers(workers)) => out.write_all(table(&workers).as_bytes())?,
+        (Command::Revoke { .. }, Answer::Revoked(name)) => writeln!(out, "{name} is shut out")?,
+        (Command::Status, Answer::Status(page)) => writeln!(out, "{page}")?,
+        (Command::Abort, Answer::Aborting) => writeln!(out, "the run is given up")?,
+        _ => return Err(OrderError::Confused),
+    }
+    Ok(())
+}
+
+fn request(command: &Command) -> Request {
+    match command {
+        Command::Invite(invite) => Request::Invite {
+            addresses: invite.addresses.clone(),
+            uses: invite.uses,
+            expires_s: invite.expires.as_secs(),
+        },
+        Command::Workers => Request::Workers,
+        Command::Revoke { worker } => Request::Revoke { worker: worker.clone() },
+        Command::Status => Request::Status,
+        Command::Abort => Request::Abort,
+    }
+}
+
+fn write_out(path: &Path, text: &str) -> Result<(), OrderError> {
+    write_durably(path, format!("{text}\n").as_bytes())?;
+    let mut err = io::stderr().lock();
+    Ok(writeln!(err, "the invitation is in {}; give it to the worker with --join @FILE", path.display())?)
+}
+
+fn table(workers: &[WorkerRow]) -> String {
+    if workers.is_empty() {
+        return "no worker is enrolled\n".to_owned();
+    }
+    let width = workers.iter().map(|worker| worker.name.len()).max().unwrap_or(0);
+    let line = |worker: &WorkerRow| format!("{:width$}  {:9}  {}\n", worker.name, worker.state, worker.id);
+    workers.iter().map(line).collect()
+}
+
+/// Resolves at the first Ctrl-C or SIGTERM; a second one ends the process at once.
+///
+/// # Errors
+/// If the operating system does not tell of signals.
+pub fn interrupted() -> io::Result<impl Future<Output = ()>> {
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let (first, told) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+        // The coordinator may be ending by itself.
+        let _ = first.send(());
+        tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+        std::process::exit(INTERRUPTED);
+    });
+    Ok(async {
+        if told.await.is_err() {
+            std::future::pending().await
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protocol::ids::WorkerId;
+
+    #[test]
+    fn workers_are_listed_in_columns() {
+        let row = |name: &str, state: &str| WorkerRow { name: name.into(), id: WorkerId([1; 16]), state: state.into() };
+        let id = "01".repeat(16);
+        let expected = format!("a        busy       {id}\nshard-2  revoked    {id}\n");
+        assert_eq!(table(&[row("a", "busy"), row("shard-2", "revoked")]), expected);
+        assert_eq!(table(&[]), "no worker is enrolled\n");
+    }
+}
