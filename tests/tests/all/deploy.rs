@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::Command;
 
+use coordinator::config::{Config, KEYS, Overrides};
 use serde_json::Value;
 use tributary_tests::{repository, tool};
 
@@ -37,6 +38,42 @@ pub(crate) fn queries() -> Vec<(String, String)> {
 
 fn held_out_rows() -> Vec<String> {
     text("demo/heldout.csv").lines().skip(1).map(str::to_owned).collect()
+}
+
+fn config(text: &str) -> Config {
+    Config::parse("deploy", text, |_| None, Overrides::default()).unwrap()
+}
+
+#[test]
+fn the_sample_config_is_the_default_one() {
+    assert_eq!(config(&text("coordinator.toml")), config(""));
+}
+
+#[test]
+fn the_sample_config_explains_every_key() {
+    // A key without a default stands behind one #.
+    let all = text("coordinator.toml").lines().fold(String::new(), |all, line| {
+        let key = line.strip_prefix('#').filter(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase()));
+        all + key.unwrap_or(line) + "\n"
+    });
+    config(&all);
+    let table: toml::Table = all.parse().unwrap();
+    let keys = table
+        .iter()
+        .flat_map(|(section, keys)| keys.as_table().unwrap().keys().map(move |key| format!("{section}.{key}")));
+    assert_eq!(keys.collect::<BTreeSet<_>>(), KEYS.iter().map(|key| (*key).to_owned()).collect());
+}
+
+#[test]
+fn the_demo_trains_on_its_columns() {
+    let plan = config(&text("demo/flights.toml")).plan;
+    let table = text("demo/ewr.csv");
+    let columns: Vec<_> = table.lines().next().unwrap().split(',').collect();
+    let named = plan.learning.data.categorical.iter().chain(&plan.learning.data.label);
+    for name in named {
+        assert!(columns.contains(&name.as_str()), "{name}");
+    }
+    assert_eq!(plan.rounds.min_workers, Some(3));
 }
 
 #[test]
