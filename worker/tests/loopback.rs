@@ -1,0 +1,222 @@
+//! A worker against a coordinator that does what each test says, over loopback: enrolment, the loop, what it stores.
+#![allow(clippy::unwrap_used)]
+
+mod stage;
+
+use std::sync::Arc;
+
+use protocol::ids::{Hash, TaskId};
+use protocol::messages::{EnrolAnswer, EnrolRefusal, FromWorker, Leave, Manifest, Refusal, TaskKind, ToWorker};
+use protocol::plan::Mode;
+use stage::{Stage, plan};
+use transport::CloseCode;
+use tributary_worker::receipts::open_line;
+use tributary_worker::report::Line;
+use tributary_worker::{EnrolError, Hooks, Outcome, WorkerError};
+
+const SURVEY: TaskId = TaskId(1 << 32 | 1);
+const UPDATE: TaskId = TaskId(1 << 32 | 2);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_enrols_joins_trains_and_keeps_its_receipt() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let frozen = peer.survey(SURVEY).await;
+    let base = peer.assign_update(UPDATE, &frozen).await;
+    let (manifest, payload) = peer.take_offer().await;
+    assert_eq!((manifest.task, manifest.kind, manifest.base), (UPDATE, TaskKind::Update, base));
+    assert_eq!((manifest.hash, manifest.bytes), (Hash::of(&payload), payload.len() as u64));
+    assert_eq!(manifest.weight, 32);
+    assert!(manifest.metrics.evaluation.is_some() && manifest.metrics.train_loss.is_some());
+    peer.say(ToWorker::Held { task: UPDATE, hash: manifest.hash }).await;
+    peer.give_receipt(&manifest).await;
+    peer.finish().await;
+    assert_eq!(worker.await.unwrap().unwrap(), Outcome::Finished { model_hash: stage::FINAL_MODEL });
+
+    let log = std::fs::read_dir(stage.state().join("receipts")).unwrap().next().unwrap().unwrap().path();
+    let (_, receipt) = open_line(std::fs::read_to_string(log).unwrap().trim()).unwrap();
+    assert_eq!((receipt.task, receipt.hash), (UPDATE, manifest.hash));
+    let lines = stage.lines();
+    assert!(matches!(lines[0], Line::Enrolled { .. }), "{lines:?}");
+    assert!(matches!(lines[1], Line::Joined { training_rows: 32, held_out_rows: 8, .. }), "{lines:?}");
+    assert!(matches!(lines.last(), Some(Line::Done { receipts: 1, .. })), "{lines:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_enrolled_worker_needs_no_invitation_and_is_not_enrolled_again() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    stage.join(plan(Mode::Federated)).await.finish().await;
+    worker.await.unwrap().unwrap();
+    let worker = stage.start(|options| options.join = None);
+    stage.join(plan(Mode::Federated)).await.finish().await;
+    worker.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_an_invitation_a_worker_waits_for_the_one_on_this_machine() {
+    let stage = Stage::new();
+    let worker = stage.start(|options| options.join = None);
+    stage.wait_for(|line| matches!(line, Line::Waiting { enrolments: 0, .. })).await;
+    std::fs::write(stage.default_join(), stage.invitation().to_string()).unwrap();
+    stage.enrol().await;
+    stage.join(plan(Mode::Federated)).await.finish().await;
+    worker.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_waits_for_a_coordinator_that_is_not_there_yet() {
+    let stage = Stage::new();
+    let mut invitation = stage.invitation();
+    // Port 9 is discard's; nobody speaks QUIC there.
+    invitation.addresses = vec!["127.0.0.1:9".to_owned()];
+    let worker = stage.start(|options| options.join = Some(invitation));
+    stage.wait_for(|line| matches!(line, Line::Unreachable { .. })).await;
+    stage.stop();
+    assert_eq!(worker.await.unwrap().unwrap(), Outcome::Stopped);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refused_and_foreign_invitations_each_have_their_sentence() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.answer_enrolment(|_| EnrolAnswer::Refused(EnrolRefusal::Spent)).await;
+    let error = worker.await.unwrap().unwrap_err();
+    assert!(matches!(error, WorkerError::Enrol(EnrolError::Refused(EnrolRefusal::Spent))), "{error:?}");
+
+    let other = Stage::new().invitation();
+    let mut foreign = stage.invitation();
+    foreign.ca_sha256 = other.ca_sha256;
+    let worker = stage.start(|options| options.join = Some(foreign));
+    stage.refuse_handshake().await;
+    let error = worker.await.unwrap().unwrap_err();
+    assert!(matches!(error, WorkerError::Enrol(EnrolError::Foreign { .. })), "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_are_not_shared_unless_their_owner_says_so() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let mut peer = stage.welcome(plan(Mode::Central)).await;
+    let said = peer.hear().await.unwrap();
+    assert!(matches!(&said, FromWorker::Leaving(Leave::NotAllowed(s)) if s.contains("--share-rows")), "{said:?}");
+    let error = worker.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("--share-rows"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_are_not_shared_with_a_coordinator_whose_plan_did_not_say_so() {
+    let stage = Stage::new();
+    let worker = stage.start(|options| options.share_rows = true);
+    stage.enrol().await;
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let frozen = peer.survey(SURVEY).await;
+    peer.assign(UPDATE, TaskKind::Rows, &frozen, None).await;
+    assert!(matches!(peer.hear().await, Some(FromWorker::Leaving(Leave::DataUnfit(_)))));
+    assert!(matches!(worker.await.unwrap(), Err(WorkerError::Declined(_))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_update_is_offered_again_after_a_reconnect_without_training_again() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let frozen = peer.survey(SURVEY).await;
+    peer.assign_update(UPDATE, &frozen).await;
+    let (first, _) = peer.take_offer().await;
+    peer.close(CloseCode::Internal);
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let (second, payload) = peer.take_offer().await;
+    assert_eq!(second, first);
+    assert_eq!(Hash::of(&payload), first.hash);
+    peer.give_receipt(&second).await;
+    peer.finish().await;
+    worker.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_that_is_not_the_announced_one_is_never_used() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let frozen = peer.survey(SURVEY).await;
+    let mut model = frozen.weights.clone();
+    model[0] ^= 1;
+    peer.assign_as(UPDATE, TaskKind::Update, &frozen, Some((&model, frozen.model_hash()))).await;
+    assert_eq!(peer.closed().await, Some(CloseCode::SessionFailed));
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    peer.assign_update(UPDATE, &frozen).await;
+    peer.take_offer().await;
+    peer.finish().await;
+    worker.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_is_told_to_stop_says_so() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    stage.stop();
+    assert!(matches!(peer.hear().await, Some(FromWorker::Leaving(Leave::Stopping))));
+    assert_eq!(worker.await.unwrap().unwrap(), Outcome::Stopped);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_coordinator_says_for_good_ends_the_worker() {
+    for (code, want) in [(CloseCode::Revoked, "revoked"), (CloseCode::Displaced, "another process")] {
+        let stage = Stage::new();
+        let worker = stage.start(|_| ());
+        stage.enrol().await;
+        stage.join(plan(Mode::Federated)).await.close(code);
+        let error = worker.await.unwrap().unwrap_err();
+        assert!(error.to_string().contains(want), "{error}");
+    }
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let sentence = "no column \"bmi\"".to_owned();
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    peer.say(ToWorker::Rejected { sentence }).await;
+    assert_eq!(worker.await.unwrap().unwrap_err().to_string(), "the coordinator says: no column \"bmi\"");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_receipt_that_does_not_verify_is_not_kept() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let frozen = peer.survey(SURVEY).await;
+    peer.assign_update(UPDATE, &frozen).await;
+    let (manifest, _) = peer.take_offer().await;
+    peer.give_forged_receipt(&manifest).await;
+    assert!(matches!(worker.await.unwrap(), Err(WorkerError::Receipt(_))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hooks_change_what_is_offered_for_the_tests_of_the_other_side() {
+    let stage = Stage::new();
+    let hook = |manifest: &mut Manifest, payload: &mut Vec<u8>| {
+        manifest.weight = 0;
+        payload.push(0);
+    };
+    let worker = stage.start(|options| {
+        options.hooks = Hooks { on_offer: Some(Arc::new(hook)), ..Hooks::default() };
+    });
+    stage.enrol().await;
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    peer.assign_survey(SURVEY).await;
+    let (manifest, payload) = peer.take_offer().await;
+    assert_eq!((manifest.weight, payload.len() as u64), (0, manifest.bytes + 1));
+    peer.say(ToWorker::Refused { task: SURVEY, refusal: Refusal::WrongHash }).await;
+    stage.wait_for(|line| matches!(line, Line::Refused { .. })).await;
+    peer.finish().await;
+    worker.await.unwrap().unwrap();
+}

@@ -1,0 +1,422 @@
+//! A coordinator that does what a test says, and a worker beside it in the same process.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use bytes::{Bytes, BytesMut};
+use certs::{Ca, IdentityKey, SessionKey};
+use learning::{Network, Schema, Survey, merge};
+use protocol::ids::{ContentId, Hash, RunId, TaskId};
+use protocol::invitation::Invitation;
+use protocol::layout::to_bytes;
+use protocol::messages::{
+    Assigned, ContentKey, ContentRef, Download, EnrolAnswer, EnrolRequest, FromWorker, Hello, Manifest, Receipt, Role,
+    Signed, TaskKind, ToWorker, Upload, Welcome, decode, encode,
+};
+use protocol::plan::{LearningPlan, Mode};
+use protocol::session::broadcast::seal_content;
+use protocol::session::sign::{MANIFEST_CONTEXT, RECEIPT_CONTEXT, sign, verify};
+use protocol::session::{
+    Established, Flag, MessageAssembler, Opener, Responder, Sealer, Session, StaticSecret, prologue,
+};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use transport::{
+    Accepted, CloseCode, Connection, Frame, RecvStream, ResetKeys, SendStream, Server, ServerOptions, TlsIdentity,
+};
+use tributary_worker::report::{Line, Report};
+use tributary_worker::state::StatePlace;
+use tributary_worker::{Options, Outcome, WorkerError, run};
+
+/// No step of a test takes so long unless something is broken.
+const STEP_MAX: Duration = Duration::from_secs(20);
+
+/// The model that a finished run names.
+pub(crate) const FINAL_MODEL: Hash = Hash([7; 32]);
+
+pub(crate) const RUN: RunId = RunId([0x52; 16]);
+
+/// A run of this mode with a small model.
+pub(crate) fn plan(mode: Mode) -> LearningPlan {
+    let mut plan = LearningPlan::default();
+    plan.train.mode = mode;
+    plan
+}
+
+async fn within<T>(what: &str, step: impl Future<Output = T>) -> T {
+    tokio::time::timeout(STEP_MAX, step).await.unwrap_or_else(|_| panic!("{what} took longer than {STEP_MAX:?}"))
+}
+
+/// The coordinator's side of the stage.
+pub(crate) struct Stage {
+    directory: tempfile::TempDir,
+    server: Server,
+    ca: Ca,
+    session: SessionKey,
+    signing: IdentityKey,
+    lines: Arc<Mutex<Vec<Line>>>,
+    told: Arc<Notify>,
+    stop: Arc<Notify>,
+    worker_keys: Mutex<Option<[u8; 32]>>,
+}
+
+impl Stage {
+    pub(crate) fn new() -> Self {
+        let now = SystemTime::now();
+        let (ca, _) = Ca::generate(now).unwrap();
+        let signing = IdentityKey::generate().unwrap();
+        let certificate = ca.issue_coordinator(&signing.public(), now).unwrap();
+        let identity = TlsIdentity { certificate, key: signing.tls_key().unwrap() };
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let keys = ResetKeys::from_bytes(&[3; ResetKeys::BYTES]);
+        let server = Server::bind(ServerOptions::new(listen, ca.certificate().clone(), identity, keys)).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("shard.csv"), rows()).unwrap();
+        Self {
+            directory,
+            server,
+            ca,
+            session: SessionKey::generate().unwrap(),
+            signing,
+            lines: Arc::default(),
+            told: Arc::default(),
+            stop: Arc::default(),
+            worker_keys: Mutex::new(None),
+        }
+    }
+
+    pub(crate) fn invitation(&self) -> Invitation {
+        Invitation {
+            addresses: vec![self.server.local_address().unwrap().to_string()],
+            ca_sha256: self.ca.fingerprint(),
+            coordinator_x25519: self.session.public(),
+            token: [8; 16],
+            uses: 1,
+            expires_unix_s: None,
+            loopback_only: false,
+        }
+    }
+
+    pub(crate) fn default_join(&self) -> PathBuf {
+        self.directory.path().join("join")
+    }
+
+    /// The worker's state directory.
+    pub(crate) fn state(&self) -> PathBuf {
+        self.directory.path().join("worker").join("shard")
+    }
+
+    /// Starts the worker, with an invitation unless `change` says otherwise.
+    pub(crate) fn start(&self, change: impl FnOnce(&mut Options)) -> JoinHandle<Result<Outcome, WorkerError>> {
+        let (lines, told, stop) = (Arc::clone(&self.lines), Arc::clone(&self.told), Arc::clone(&self.stop));
+        let place = StatePlace::Under(self.directory.path().join("worker"));
+        let mut options = Options::new(self.directory.path().join("shard.csv"), place, self.default_join());
+        options.join = Some(self.invitation());
+        options.report = Report::new(Arc::new(move |line: &Line| {
+            lines.lock().unwrap().push(line.clone());
+            told.notify_one();
+        }));
+        change(&mut options);
+        tokio::spawn(async move { run(options, async move { stop.notified().await }).await })
+    }
+
+    /// Ctrl-C.
+    pub(crate) fn stop(&self) {
+        self.stop.notify_one();
+    }
+
+    pub(crate) fn lines(&self) -> Vec<Line> {
+        self.lines.lock().unwrap().clone()
+    }
+
+    /// Waits until the worker has said such a line.
+    pub(crate) async fn wait_for(&self, wanted: impl Fn(&Line) -> bool) {
+        within("a line", async {
+            while !self.lines().iter().any(&wanted) {
+                self.told.notified().await;
+            }
+        })
+        .await;
+    }
+
+    async fn accept(&self) -> Accepted {
+        within("a connection", async { self.server.accept().await.unwrap().complete().await.unwrap() }).await
+    }
+
+    /// Lets a handshake begin that the worker ends.
+    pub(crate) async fn refuse_handshake(&self) {
+        let ended = within("a connection", async { self.server.accept().await.unwrap().complete().await }).await;
+        if let Ok(accepted) = ended {
+            accepted.connection.closed().await;
+        }
+    }
+
+    /// Enrols the worker as `shard`.
+    pub(crate) async fn enrol(&self) {
+        self.answer_enrolment(|request| {
+            let certificate = self.ca.issue_worker(&request.ed25519, SystemTime::now()).unwrap().to_vec();
+            EnrolAnswer::Granted { name: request.name.clone(), certificate, expires_unix_s: u64::MAX }
+        })
+        .await;
+    }
+
+    pub(crate) async fn answer_enrolment(&self, answer: impl FnOnce(&EnrolRequest) -> EnrolAnswer) {
+        let accepted = self.accept().await;
+        let connection = accepted.connection.clone();
+        let shaken = self.shake(accepted, Role::Join, |payload| {
+            let request: EnrolRequest = decode(payload).unwrap();
+            assert_eq!(request.token, [8; 16]);
+            *self.worker_keys.lock().unwrap() = Some(request.ed25519);
+            encode(&answer(&request))
+        });
+        let _streams = shaken.await;
+        within("the end of enrolment", connection.closed()).await;
+    }
+
+    async fn shake(
+        &self,
+        accepted: Accepted,
+        role: Role,
+        answer: impl FnOnce(&[u8]) -> Vec<u8>,
+    ) -> (SendStream, RecvStream, Established) {
+        let (mut send, mut receive) = within("the control stream", accepted.connection.accept_control()).await.unwrap();
+        let hello = receive.read_frame().await.unwrap().unwrap();
+        let Frame::Hello(body) = &hello else { panic!("{hello:?}") };
+        assert_eq!(decode::<Hello>(body).unwrap().role, role);
+        let Some(Frame::Handshake(message)) = receive.read_frame().await.unwrap() else { panic!("no handshake") };
+        let prologue = prologue(&hello.encode().unwrap(), &accepted.exporter);
+        let (responder, payload) = Responder::read(&prologue, self.session.secret(), &message).unwrap();
+        let mut ephemeral = [0; 32];
+        getrandom::fill(&mut ephemeral).unwrap();
+        let (message, established) = responder.reply(StaticSecret::from(ephemeral), &answer(&payload)).unwrap();
+        send.write_frame(&Frame::Handshake(message.into())).await.unwrap();
+        (send, receive, established)
+    }
+
+    /// A session up to `Welcome`.
+    pub(crate) async fn welcome(&self, learning: LearningPlan) -> Peer<'_> {
+        let accepted = self.accept().await;
+        let connection = accepted.connection.clone();
+        let (send, receive, established) = self.shake(accepted, Role::Worker, |_| Vec::new()).await;
+        let (session, sealer, opener) = Session::begin(established);
+        let welcome = Welcome {
+            version: 1,
+            run: RUN,
+            ed25519: self.signing.public(),
+            name: "shard".parse().unwrap(),
+            weight_max: 1 << 20,
+            norm_max: 256.0,
+            learning: learning.clone(),
+        };
+        let assembler = MessageAssembler::default();
+        let mut peer =
+            Peer { stage: self, connection, session, send, sealer, receive, opener, assembler, learning, contents: 0 };
+        assert!(matches!(peer.hear().await, Some(FromWorker::Join { .. })));
+        peer.say(ToWorker::Welcome(Box::new(welcome))).await;
+        peer
+    }
+
+    /// A session whose worker is in.
+    pub(crate) async fn join(&self, learning: LearningPlan) -> Peer<'_> {
+        let mut peer = self.welcome(learning).await;
+        assert_eq!(peer.hear().await, Some(FromWorker::Ready));
+        peer
+    }
+}
+
+/// What the survey froze.
+pub(crate) struct Frozen {
+    pub(crate) schema: Schema,
+    pub(crate) network: Network,
+    pub(crate) weights: Vec<u8>,
+}
+
+impl Frozen {
+    pub(crate) fn model_hash(&self) -> Hash {
+        self.network.layout().model_hash(&self.weights)
+    }
+}
+
+/// One session with the worker.
+pub(crate) struct Peer<'a> {
+    stage: &'a Stage,
+    connection: Connection,
+    session: Session,
+    send: SendStream,
+    sealer: Sealer,
+    receive: RecvStream,
+    opener: Opener,
+    assembler: MessageAssembler,
+    learning: LearningPlan,
+    contents: u8,
+}
+
+impl Peer<'_> {
+    pub(crate) async fn say(&mut self, message: ToWorker) {
+        let mut out = Vec::new();
+        self.sealer.seal_message(&encode(&message), &mut out).unwrap();
+        self.send.write_record(out.into()).await.unwrap();
+    }
+
+    /// The next message that is no beat; none if the connection ended.
+    pub(crate) async fn hear(&mut self) -> Option<FromWorker> {
+        within("a message", async {
+            loop {
+                let mut record = BytesMut::new();
+                if !self.receive.read_record(&mut record).await.ok()? {
+                    return None;
+                }
+                let (header, body) = record.split_first_chunk_mut().unwrap();
+                let opened = self.opener.open_in_place(header, body).unwrap();
+                let Some(message) = self.assembler.push(opened).unwrap() else { continue };
+                match decode(&message).unwrap() {
+                    FromWorker::Beat { .. } => {}
+                    message => return Some(message),
+                }
+            }
+        })
+        .await
+    }
+
+    /// Says that the run is over, and waits until the worker has gone.
+    pub(crate) async fn finish(mut self) {
+        self.say(ToWorker::Finished { model_hash: FINAL_MODEL }).await;
+        self.closed().await;
+    }
+
+    pub(crate) fn close(&self, code: CloseCode) {
+        self.connection.close(code, "the test says so");
+    }
+
+    /// The code with which the worker closed the connection.
+    pub(crate) async fn closed(&self) -> Option<CloseCode> {
+        within("the end", self.connection.closed()).await.code()
+    }
+
+    pub(crate) async fn assign_survey(&mut self, task: TaskId) {
+        let (kind, layout) = (TaskKind::Survey, Hash([0; 32]));
+        let assigned = Assigned { task, round: 0, kind, schema: None, model: None, layout, weight_shift: 0 };
+        self.say(ToWorker::Assigned(Box::new(assigned))).await;
+    }
+
+    /// Asks for a survey and freezes it.
+    pub(crate) async fn survey(&mut self, task: TaskId) -> Frozen {
+        self.assign_survey(task).await;
+        let (manifest, payload) = self.take_offer().await;
+        self.say(ToWorker::Held { task, hash: manifest.hash }).await;
+        let surveys = BTreeMap::from([("shard".to_owned(), Survey::from_bytes(&payload).unwrap())]);
+        let schema = merge(&surveys, &self.learning.data).unwrap().schema;
+        let network = Network::new(&self.learning.model, &schema).unwrap();
+        let weights = to_bytes(&network.initial(self.learning.train.seed));
+        Frozen { schema, network, weights }
+    }
+
+    /// Assigns an update from the initial weights; the model's hash.
+    pub(crate) async fn assign_update(&mut self, task: TaskId, frozen: &Frozen) -> Hash {
+        self.assign(task, TaskKind::Update, frozen, Some(&frozen.weights)).await;
+        frozen.model_hash()
+    }
+
+    pub(crate) async fn assign(&mut self, task: TaskId, kind: TaskKind, frozen: &Frozen, model: Option<&[u8]>) {
+        let model = model.map(|model| (model, frozen.network.layout().model_hash(model)));
+        self.assign_as(task, kind, frozen, model).await;
+    }
+
+    /// Assigns a task whose model is announced under this hash.
+    pub(crate) async fn assign_as(
+        &mut self,
+        task: TaskId,
+        kind: TaskKind,
+        frozen: &Frozen,
+        model: Option<(&[u8], Hash)>,
+    ) {
+        let schema = frozen.schema.to_bytes();
+        let layout = model.map_or(Hash([0; 32]), |_| frozen.network.layout().fingerprint());
+        let assigned = Assigned {
+            task,
+            round: 1,
+            kind,
+            schema: Some(self.stream(&schema, Hash::of(&schema)).await),
+            model: match model {
+                Some((model, hash)) => Some(self.stream(model, hash).await),
+                None => None,
+            },
+            layout,
+            weight_shift: 0,
+        };
+        self.say(ToWorker::Assigned(Box::new(assigned))).await;
+    }
+
+    /// Streams a content, before the control message that names it.
+    async fn stream(&mut self, content: &[u8], hash: Hash) -> ContentRef {
+        self.contents += 1;
+        let (id, key) = (ContentId([self.contents; 16]), ContentKey([self.contents; 32]));
+        let (number, mut sealer) = self.session.open_stream().unwrap();
+        let mut stream = self.connection.open_uni().await.unwrap();
+        stream.write_frame(&Frame::StreamOpen(number)).await.unwrap();
+        let mut record = Vec::new();
+        sealer.seal(Flag::Final, &encode(&Download { id }), &mut record).unwrap();
+        stream.write_record(record.into()).await.unwrap();
+        for record in seal_content(id, &key, content).unwrap() {
+            // A worker that has refused an earlier record reads no more.
+            if stream.write_record(Bytes::from(record)).await.is_err() {
+                break;
+            }
+        }
+        let _ = stream.finish();
+        ContentRef { id, key, hash, bytes: content.len() as u64 }
+    }
+
+    /// The next offer, its signature verified, and its payload.
+    pub(crate) async fn take_offer(&mut self) -> (Manifest, Vec<u8>) {
+        let said = self.hear().await;
+        let Some(FromWorker::Offer(Signed { bytes, signature })) = said else { panic!("{said:?}") };
+        let key = self.stage.worker_keys.lock().unwrap().unwrap();
+        verify(MANIFEST_CONTEXT, &key, &bytes, signature[..].try_into().unwrap()).unwrap();
+        let manifest: Manifest = decode(&bytes).unwrap();
+        let mut stream = within("an upload", self.connection.accept_uni()).await.unwrap();
+        let Some(Frame::StreamOpen(number)) = stream.read_frame().await.unwrap() else { panic!("no stream number") };
+        let mut opener = self.session.accept_stream(number).unwrap();
+        let (mut upload, mut payload, mut record) = (None, Vec::new(), BytesMut::new());
+        while !opener.is_finished() {
+            assert!(stream.read_record(&mut record).await.unwrap());
+            let (header, body) = record.split_first_chunk_mut().unwrap();
+            let plaintext = opener.open_in_place(header, body).unwrap().plaintext;
+            match &upload {
+                None => upload = Some(decode::<Upload>(plaintext).unwrap()),
+                Some(_) => payload.extend_from_slice(plaintext),
+            }
+        }
+        assert_eq!(upload, Some(Upload { task: manifest.task, hash: manifest.hash, from: 0 }));
+        (manifest, payload)
+    }
+
+    pub(crate) async fn give_receipt(&mut self, manifest: &Manifest) {
+        self.give_receipt_by(&self.stage.signing.clone(), manifest).await;
+    }
+
+    pub(crate) async fn give_forged_receipt(&mut self, manifest: &Manifest) {
+        self.give_receipt_by(&IdentityKey::generate().unwrap(), manifest).await;
+    }
+
+    async fn give_receipt_by(&mut self, key: &IdentityKey, manifest: &Manifest) {
+        let Manifest { run, worker, task, hash, .. } = *manifest;
+        let bytes = encode(&Receipt { run, worker, task, hash, round: 1, model_hash: Hash([5; 32]) });
+        let signature = sign(RECEIPT_CONTEXT, key.signing_key(), &bytes).to_vec();
+        self.say(ToWorker::Receipt(Signed { bytes, signature })).await;
+    }
+}
+
+/// Forty rows with two classes that a line divides.
+fn rows() -> String {
+    let mut text = "a,b,late\n".to_owned();
+    for n in 0..40 {
+        let label = if n % 3 == 0 { "yes" } else { "no" };
+        text.push_str(&format!("{},{},{label}\n", n % 7, (n * 13) % 11));
+    }
+    text
+}
