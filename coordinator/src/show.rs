@@ -147,6 +147,8 @@ pub struct Show {
     json: Option<Box<dyn Write + Send>>,
     look: Look,
     rounds: u32,
+    /// The run is over: only its end is still to be told, and who leaves now is no news.
+    is_over: bool,
 }
 
 /// How a person is told.
@@ -216,7 +218,7 @@ impl Show {
         if let Look::Bar(bar) = &look {
             bar.set_length(rounds.into());
         }
-        Self { json, look, rounds }
+        Self { json, look, rounds, is_over: false }
     }
 
     /// Tells a person something that no program needs.
@@ -278,6 +280,9 @@ impl Show {
 
     /// Tells what an event tells.
     pub fn saw(&mut self, event: &Event) {
+        if self.is_over {
+            return;
+        }
         match event {
             Event::Committed { figures, .. } => self.round(figures),
             Event::Extended { round, extension } => {
@@ -290,12 +295,12 @@ impl Show {
             Event::Surveyed { frozen, .. } => {
                 self.say(&format!("schema frozen, the model has {} parameters", frozen.parameters));
             }
+            Event::Finished { .. } => self.is_over = true,
             Event::Assigned { .. }
             | Event::Held { .. }
             | Event::Withdrawn { .. }
             | Event::Closed { .. }
-            | Event::Voided
-            | Event::Finished { .. } => {}
+            | Event::Voided => {}
         }
     }
 
