@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, ConfigError, Overrides};
@@ -65,7 +66,7 @@ struct RunArgs {
     /// End when the run is done
     ///
     /// Started again with the same plan, it prints the result again and exits 0.
-    #[arg(long, env = "TRIBUTARY_EXIT_WHEN_DONE")]
+    #[arg(long, env = "TRIBUTARY_EXIT_WHEN_DONE", value_parser = BoolishValueParser::new())]
     exit_when_done: bool,
 
     /// Begin a new run, even if another is unfinished
@@ -73,7 +74,7 @@ struct RunArgs {
     new_run: bool,
 
     /// Print one JSON object a line on stdout
-    #[arg(long, env = "TRIBUTARY_JSON")]
+    #[arg(long, env = "TRIBUTARY_JSON", value_parser = BoolishValueParser::new())]
     json: bool,
 }
 

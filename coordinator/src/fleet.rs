@@ -57,6 +57,9 @@ pub enum FleetError {
     /// A payload could not be spooled.
     #[error("spool: {0}")]
     Spool(crate::intake::IntakeError),
+    /// The workshop's thread ended, which is a bug of ours; it has said where.
+    #[error("the workshop ended unexpectedly")]
+    NoWorkshop,
     /// A task names a content that is not there.
     #[error("content {0:?} is to be streamed and is not there")]
     NoContent(Hash),
@@ -217,14 +220,20 @@ impl Fleet {
     /// Why the run cannot go on.
     pub async fn run(mut self, mut inbox: Inbox, shutdown: impl Future<Output = ()>) -> Result<Outcome, FleetError> {
         let mut shutdown = pin!(shutdown);
-        let mut stopped = false;
+        let (mut stopped, mut workshop_lives) = (false, true);
         let mut look = tokio::time::interval(LOOK_EVERY);
         self.await_workshop(&mut inbox).await;
         self.drain();
         while !self.has_parted() {
             tokio::select! {
                 Some(event) = inbox.connections.recv() => self.hear(event),
-                Some(done) = inbox.workshop.recv() => self.take_in(done),
+                done = inbox.workshop.recv(), if workshop_lives => match done {
+                    Some(done) => self.take_in(done),
+                    None => {
+                        workshop_lives = false;
+                        self.part(CloseCode::Internal, Err(FleetError::NoWorkshop));
+                    }
+                },
                 Some(command) = inbox.commands.recv() => self.obey(command),
                 () = sleep_until(self.began, self.alarm) => self.input(Input::Tick),
                 _ = look.tick() => self.look_around(),
@@ -426,6 +435,7 @@ impl Fleet {
             return;
         }
         self.course = Course::Parting { until: Instant::now() + PARTING_MAX, outcome };
+        self.world.show.is_ending();
         let everybody: Vec<ConnId> = self.peers.keys().copied().collect();
         for conn in everybody {
             self.dismiss(conn, code, String::new());
@@ -713,4 +723,115 @@ pub fn fresh_spool(path: PathBuf) -> Result<Arc<Path>, crate::state::StateError>
     }
     std::fs::create_dir_all(&path).map_err(StateError::io(&path, "create"))?;
     Ok(path.into())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use protocol::sum::Ring;
+
+    const ALICE: ConnId = ConnId(1);
+    const BOB: ConnId = ConnId(2);
+    const TASK: TaskId = TaskId(7);
+
+    fn declared(hash: u8) -> Declared {
+        Declared {
+            task: TASK,
+            kind: TaskKind::Update,
+            hash: Hash([hash; 32]),
+            bytes: 4,
+            ring: Ring::weighted(),
+            schema: None,
+            spool: Arc::from(Path::new("spool")),
+        }
+    }
+
+    fn upload(hash: u8) -> Upload {
+        Upload { task: TASK, hash: Hash([hash; 32]), from: 0 }
+    }
+
+    #[test]
+    fn an_act_waits_for_the_sync_of_what_it_rests_on_and_keeps_its_place() {
+        let mut gates = Gates::default();
+        let end = |conn| Act::Welcome { conn };
+        assert!(gates.hold(Gate::Appended(EventNo(9)), end(ALICE)).is_some());
+        assert!(gates.hold(Gate::Synced(EventNo(3)), end(ALICE)).is_none());
+        assert!(gates.hold(Gate::Synced(EventNo(5)), end(BOB)).is_none());
+        assert_eq!(gates.released(), None);
+        gates.synced = EventNo(4);
+        assert_eq!(gates.released(), Some(end(ALICE)));
+        assert_eq!(gates.released(), None);
+        gates.synced = EventNo(5);
+        assert_eq!(gates.released(), Some(end(BOB)));
+        assert!(gates.hold(Gate::Synced(EventNo(5)), end(BOB)).is_some());
+    }
+
+    #[test]
+    fn a_stream_and_its_act_meet_in_either_order() {
+        for stream_first in [true, false] {
+            let mut uploads = Uploads::default();
+            let (ticket, mut granted) = oneshot::channel();
+            if stream_first {
+                uploads.begun(ALICE, upload(1), ticket);
+                assert!(granted.try_recv().is_err());
+                uploads.expect(ALICE, declared(1));
+            } else {
+                uploads.expect(ALICE, declared(1));
+                uploads.begun(ALICE, upload(1), ticket);
+            }
+            let ticket = granted.try_recv().unwrap();
+            assert_eq!(uploads.ended(ticket.number, TASK), Some(Hash([1; 32])));
+            assert_eq!(uploads.ended(ticket.number, TASK), None);
+        }
+    }
+
+    #[test]
+    fn what_was_not_offered_is_not_let_in() {
+        let mut uploads = Uploads::default();
+        uploads.expect(ALICE, declared(1));
+        for (conn, hash) in [(ALICE, 2), (BOB, 1)] {
+            let (ticket, mut granted) = oneshot::channel();
+            uploads.begun(conn, upload(hash), ticket);
+            assert!(matches!(granted.try_recv(), Err(oneshot::error::TryRecvError::Empty)));
+        }
+        uploads.answered(ALICE, &ToWorker::Late { task: TASK });
+        uploads.leave(BOB);
+        assert!(uploads.early.is_empty());
+    }
+
+    #[test]
+    fn a_second_stream_for_the_same_payload_is_turned_away() {
+        let mut uploads = Uploads::default();
+        uploads.expect(ALICE, declared(1));
+        let (first, _granted) = oneshot::channel();
+        uploads.begun(ALICE, upload(1), first);
+        let (second, mut granted) = oneshot::channel();
+        uploads.begun(ALICE, upload(1), second);
+        assert!(matches!(granted.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
+    }
+
+    #[test]
+    fn a_newer_offer_stops_the_stream_of_the_older_one_and_its_end_does_not_count() {
+        let mut uploads = Uploads::default();
+        uploads.expect(ALICE, declared(1));
+        let (first, mut granted) = oneshot::channel();
+        uploads.begun(ALICE, upload(1), first);
+        let mut old = granted.try_recv().unwrap();
+        uploads.expect(ALICE, declared(2));
+        assert!(matches!(old.stop.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
+        assert_eq!(uploads.ended(old.number, TASK), None);
+        assert!(uploads.expected.contains_key(&TASK));
+    }
+
+    #[test]
+    fn streams_that_gave_up_waiting_are_forgotten() {
+        let mut uploads = Uploads::default();
+        for task in 0..100 {
+            let (ticket, granted) = oneshot::channel();
+            drop(granted);
+            uploads.begun(ALICE, Upload { task: TaskId(task), ..upload(1) }, ticket);
+        }
+        assert_eq!(uploads.early.len(), 1);
+    }
 }

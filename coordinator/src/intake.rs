@@ -345,3 +345,156 @@ fn nameless_file(spool: &Path, task: TaskId) -> Result<File, StateError> {
 }
 
 const _: () = assert!(RECORD_BYTES_MAX + RECORD_TAG_BYTES + BROADCAST_HEADER_BYTES < 1 << 20);
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use protocol::layout::to_bytes;
+    use protocol::session::{Initiator, Responder, Sealer, Session, StaticSecret, public_key};
+
+    /// Both ends of one upload stream.
+    fn stream() -> (Sealer, Opener) {
+        let key = |byte: u8| StaticSecret::from([byte; 32]);
+        let (worker, coordinator) = (key(1), key(2));
+        let (initiator, first) = Initiator::start(b"", &worker, key(3), &public_key(&coordinator), b"").unwrap();
+        let (responder, _) = Responder::read(b"", &coordinator, &first).unwrap();
+        let (second, ours) = responder.reply(key(4), b"").unwrap();
+        let (_, theirs) = initiator.finish(&second).unwrap();
+        let (mut near, ..) = Session::begin(theirs);
+        let (mut far, ..) = Session::begin(ours);
+        let (number, sealer) = near.open_stream().unwrap();
+        (sealer, far.accept_stream(number).unwrap())
+    }
+
+    fn records(sealer: &mut Sealer, payload: &[u8]) -> Vec<BytesMut> {
+        let mut chunks = payload.chunks(RECORD_BYTES_MAX).peekable();
+        let mut records = Vec::new();
+        while let Some(chunk) = chunks.next() {
+            let flag = if chunks.peek().is_none() { Flag::Final } else { Flag::Plain };
+            let mut record = Vec::new();
+            sealer.seal(flag, chunk, &mut record).unwrap();
+            records.push(BytesMut::from(&record[..]));
+        }
+        records
+    }
+
+    struct Taken {
+        _spool: tempfile::TempDir,
+        payload: Result<Payload, IntakeError>,
+    }
+
+    fn take(kind: TaskKind, sent: &[u8], change: impl FnOnce(&mut Declared)) -> Taken {
+        let spool = tempfile::tempdir().unwrap();
+        let (mut sealer, opener) = stream();
+        let mut declared = Declared {
+            task: TaskId(1),
+            kind,
+            hash: Hash::of(sent),
+            bytes: sent.len() as u64,
+            ring: Ring::weighted(),
+            schema: None,
+            spool: spool.path().into(),
+        };
+        change(&mut declared);
+        let mut intake = Intake::new(opener, declared).unwrap();
+        assert_eq!(std::fs::read_dir(spool.path()).unwrap().count(), 0, "a spooled file has no name");
+        let taken = intake.take(&mut records(&mut sealer, sent));
+        let payload = taken.and_then(|last| {
+            assert!(last);
+            intake.finish()
+        });
+        Taken { _spool: spool, payload }
+    }
+
+    fn update(count: usize) -> Vec<u8> {
+        to_bytes(&vec![0.25; count])
+    }
+
+    #[test]
+    fn a_sound_update_comes_out_as_it_went_in_small_or_large() {
+        for count in [1, 1000, 100_000] {
+            let sent = update(count);
+            let payload = take(TaskKind::Update, &sent, |_| ()).payload.unwrap();
+            assert_eq!(payload.to_vec().unwrap(), sent);
+            #[allow(clippy::cast_precision_loss)]
+            let norm = (count as f64).sqrt() / 4.0;
+            assert!((payload.norm() - norm).abs() < 1e-9 * norm);
+            assert_eq!(matches!(payload.place, Place::Memory(_)), sent.len() <= 128 * 1024);
+        }
+    }
+
+    #[test]
+    fn what_is_not_sound_is_an_answer() {
+        let spoiled =
+            |sent: &[u8], change: fn(&mut Declared)| match take(TaskKind::Update, sent, change).payload.unwrap_err() {
+                IntakeError::Spoiled(refusal) => refusal,
+                other => panic!("{other}"),
+            };
+        assert_eq!(spoiled(&update(8), |d| d.hash = Hash([0; 32])), Refusal::WrongHash);
+        assert_eq!(spoiled(&to_bytes(&[1.0, f32::NAN]), |_| ()), Refusal::NotFinite);
+        assert!(matches!(spoiled(&to_bytes(&[300.0]), |_| ()), Refusal::NormTooLong { .. }));
+        assert_eq!(spoiled(&update(8), |d| d.bytes = 36), Refusal::WrongLength { got: 32, expected: 36 });
+    }
+
+    #[test]
+    fn what_no_honest_peer_does_is_not() {
+        let longer = take(TaskKind::Update, &update(8), |d| d.bytes = 28).payload.unwrap_err();
+        assert!(matches!(longer, IntakeError::TooLong { declared: 28, .. }));
+
+        let (mut sealer, opener) = stream();
+        let sent = update(8);
+        let mut all = records(&mut sealer, &sent);
+        all.push(all[0].clone());
+        let spool = tempfile::tempdir().unwrap();
+        let declared = Declared {
+            task: TaskId(1),
+            kind: TaskKind::Update,
+            hash: Hash::of(&sent),
+            bytes: 64,
+            ring: Ring::weighted(),
+            schema: None,
+            spool: spool.path().into(),
+        };
+        let mut intake = Intake::new(opener, declared).unwrap();
+        assert!(matches!(intake.take(&mut all), Err(IntakeError::AfterLast)));
+    }
+
+    #[test]
+    fn a_changed_record_does_not_open() {
+        let (mut sealer, opener) = stream();
+        let sent = update(8);
+        let mut all = records(&mut sealer, &sent);
+        all[0][20] ^= 1;
+        let spool = tempfile::tempdir().unwrap();
+        let (hash, bytes) = (Hash::of(&sent), sent.len() as u64);
+        let ring = Ring::weighted();
+        let spool = spool.path().into();
+        let declared = Declared { task: TaskId(1), kind: TaskKind::Update, hash, bytes, ring, schema: None, spool };
+        let mut intake = Intake::new(opener, declared).unwrap();
+        assert!(matches!(intake.take(&mut all), Err(IntakeError::Record(_))));
+    }
+
+    #[test]
+    fn rows_are_never_on_disk_in_the_clear() {
+        let canary = b"the canary of row number seven";
+        let sent: Vec<u8> = canary.iter().copied().cycle().take(300_000).collect();
+        for kind in [TaskKind::Rows, TaskKind::Evaluation] {
+            let payload = take(kind, &sent, |_| ()).payload.unwrap();
+            assert_eq!(payload.to_vec().unwrap(), sent);
+            let (Place::Sealed { file, .. } | Place::File(file)) = &payload.place else { panic!("not spooled") };
+            let mut stored = Vec::new();
+            let mut file: &File = file;
+            file.seek(io::SeekFrom::Start(0)).unwrap();
+            file.read_to_end(&mut stored).unwrap();
+            let seen = stored.windows(canary.len()).any(|window| window == canary);
+            assert_eq!(seen, kind != TaskKind::Rows, "the search finds what is not sealed");
+        }
+    }
+
+    #[test]
+    fn a_survey_that_is_none_is_refused_when_it_comes() {
+        let refused = take(TaskKind::Survey, b"not a survey", |_| ()).payload.unwrap_err();
+        assert!(matches!(refused, IntakeError::Spoiled(Refusal::Unreadable)));
+    }
+}

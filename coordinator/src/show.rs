@@ -278,6 +278,11 @@ impl Show {
         self.say(&format!("model {model_hash} is in {}", model.display()));
     }
 
+    /// Only the end is still to be told.
+    pub fn is_ending(&mut self) {
+        self.is_over = true;
+    }
+
     /// Tells what an event tells.
     pub fn saw(&mut self, event: &Event) {
         if self.is_over {
