@@ -34,20 +34,22 @@ use protocol::federation::{Checkpoint, Federation};
 use protocol::invitation::Invitation;
 use protocol::layout::from_bytes;
 use protocol::plan::{LearningPlan, Plan};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 use transport::{CloseCode, ResetKeys, Server, ServerOptions, SetupError, Taps, TlsIdentity};
 
 use crate::cli::RunSettings;
-use crate::conn::Door;
-use crate::control::Desk;
-use crate::enrol::{Registrar, RegistrarError, RegistrarHandle, write_invitation};
+use crate::conn::{Door, FromConn};
+use crate::control::{Command, Desk};
+use crate::enrol::{Registrar, RegistrarError, write_invitation};
 pub use crate::fleet::Outcome;
 use crate::fleet::{Fleet, FleetError, Inbox, World, fresh_spool};
 use crate::show::{Look, Show, StatusPage};
 use crate::state::{StateDir, StateError};
 use crate::store::{OpenedRun, RunError, Snapshot, open_run};
 use crate::telemetry::Telemetry;
-use crate::workshop::{Places, Workshop, WorkshopError, write_model};
+use crate::workshop::{Done, Places, Workshop, WorkshopError, write_model};
 
 /// Events of connections that may wait for the loop.
 const EVENTS_MAX: usize = 1024;
@@ -186,6 +188,24 @@ struct Began {
     model_dir: PathBuf,
 }
 
+/// Everything that is listened on.
+struct Sockets {
+    server: Server,
+    address: SocketAddr,
+    http: TcpListener,
+    http_address: SocketAddr,
+    control: UnixListener,
+}
+
+impl Sockets {
+    async fn bind(options: &Options, state: &StateDir, registrar: &Registrar) -> Result<Self, Error> {
+        let http = http::bind(options.settings.http).await?;
+        let server = bind(options, state, registrar)?;
+        let (address, http_address) = (server.local_address()?, http.local_addr()?);
+        Ok(Self { server, address, http, http_address, control: control::bind(state)? })
+    }
+}
+
 impl Began {
     async fn run(mut self, options: Options, plan: Plan, shutdown: impl Future<Output = ()>) -> Result<Outcome, Error> {
         let OpenedRun { dir, from, .. } = self.opened;
@@ -194,24 +214,9 @@ impl Began {
         let schema = workshop.schema();
         let workshop = workshop.spawn(done)?;
         let spool = fresh_spool(self.state.file("spool"))?;
-
-        let http = http::bind(options.settings.http).await?;
-        let http_address = http.local_addr()?;
-        let server = bind(&options, &self.state, &self.registrar)?;
-        let address = server.local_address()?;
-        let control = control::bind(&self.state)?;
+        let sockets = Sockets::bind(&options, &self.state, &self.registrar).await?;
+        let Sockets { address, http_address, .. } = sockets;
         let invitation = invite_locally(&mut self.registrar, &self.state, address, options.default_join.as_deref())?;
-
-        let identity = self.registrar.identity().clone();
-        let registrar = self.registrar.spawn()?;
-        let (events, connections) = mpsc::channel(EVENTS_MAX);
-        let (page, status) = watch::channel(StatusPage::default());
-        let (commands, orders) = mpsc::channel(ORDERS_MAX);
-        let desk = Desk { registrar: registrar.clone(), status: status.clone(), commands, listen: address };
-        let count = AtomicU64::new(0);
-        let (telemetry, listen) = (self.telemetry.clone(), address.ip());
-        let renewal = registrar.clone();
-        let door = Arc::new(Door { server, identity, registrar, events, telemetry, listen, count });
 
         let machine = Federation::new(plan, from.checkpoint.clone(), self.start);
         if let Some(figures) = &from.checkpoint.figures {
@@ -223,41 +228,83 @@ impl Began {
             // A caller that does not wait for it does not mind.
             let _ = listening.send(Bound { address, http: http_address, invitation });
         }
+        let (page, status) = watch::channel(StatusPage::default());
+        let helpers = Helpers::spawn(sockets, self.registrar, self.telemetry, status)?;
+        let exit_when_done = options.settings.exit_when_done;
+        let (door, show, jobs) = (Arc::clone(&helpers.door), self.show, workshop.jobs);
+        let world = World { door, workshop: jobs, show, page, address, spool, schema, exit_when_done };
+        let (inbox, helpers) = helpers.inbox(workshop.done);
+        let outcome = Fleet::new(machine, world).run(inbox, shutdown).await;
+        helpers.end().await;
+        // The next start replaces it; a stale one only costs a failed connection.
+        let _ = std::fs::remove_file(self.state.file("control.sock"));
+        Ok(outcome?)
+    }
+}
+
+/// What runs beside the event loop.
+struct Helpers {
+    door: Arc<Door>,
+    connections: mpsc::Receiver<FromConn>,
+    commands: mpsc::Receiver<Command>,
+    running: Running,
+}
+
+/// Ends what runs beside the event loop.
+struct Running {
+    door: Arc<Door>,
+    /// Dropped, it ends HTTP in order.
+    http: oneshot::Sender<()>,
+    tasks: [JoinHandle<()>; 4],
+}
+
+impl Helpers {
+    fn spawn(
+        sockets: Sockets,
+        registrar: Registrar,
+        telemetry: Telemetry,
+        status: watch::Receiver<StatusPage>,
+    ) -> Result<Self, Error> {
+        let Sockets { server, address, http, control, .. } = sockets;
+        let identity = registrar.identity().clone();
+        let registrar = registrar.spawn()?;
+        let (events, connections) = mpsc::channel(EVENTS_MAX);
+        let (orders, commands) = mpsc::channel(ORDERS_MAX);
+        let desk = Desk { registrar: registrar.clone(), status: status.clone(), commands: orders, listen: address };
+        let (listen, count) = (address.ip(), AtomicU64::new(0));
+        let pages = telemetry.clone();
+        let door = Arc::new(Door { server, identity, registrar, events, telemetry, listen, count });
         let (end, ended) = oneshot::channel::<()>();
-        let pages = http::serve(http, self.telemetry.clone(), status, async move {
-            // Sent or dropped: both mean the end.
-            let _ = ended.await;
-        });
-        let helpers = [
+        let tasks = [
             tokio::spawn(Arc::clone(&door).open()),
             tokio::spawn(control::serve(control, desk)),
-            tokio::spawn(renew(Arc::clone(&door), renewal)),
+            tokio::spawn(renew(Arc::clone(&door))),
             tokio::spawn(async move {
-                if let Err(error) = pages.await {
+                // Sent or dropped: both mean the end.
+                let ended = async { drop(ended.await) };
+                if let Err(error) = http::serve(http, pages, status, ended).await {
                     tracing::warn!("metrics are not served any more: {error}");
                 }
             }),
         ];
-        let exit_when_done = options.settings.exit_when_done;
-        let world = World {
-            door: Arc::clone(&door),
-            workshop: workshop.jobs,
-            show: self.show,
-            page,
-            address,
-            spool,
-            schema,
-            exit_when_done,
-        };
-        let inbox = Inbox { connections, workshop: workshop.done, commands: orders };
-        let outcome = Fleet::new(machine, world).run(inbox, shutdown).await;
-        drop(end);
+        let running = Running { door: Arc::clone(&door), http: end, tasks };
+        Ok(Self { door, connections, commands, running })
+    }
+
+    fn inbox(self, workshop: mpsc::UnboundedReceiver<Done>) -> (Inbox, Running) {
+        let Self { connections, commands, running, .. } = self;
+        (Inbox { connections, workshop, commands }, running)
+    }
+}
+
+impl Running {
+    async fn end(self) {
+        let Self { door, http, tasks } = self;
+        drop(http);
         door.server.close(CloseCode::GoingAway, "");
+        // Whoever has not heard it by then learns it from the silence.
         let _ = tokio::time::timeout(IDLE_MAX, door.server.wait_idle()).await;
-        helpers.iter().for_each(tokio::task::JoinHandle::abort);
-        // The next start replaces it; a stale one only costs a failed connection.
-        let _ = std::fs::remove_file(self.state.file("control.sock"));
-        Ok(outcome?)
+        tasks.iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -294,11 +341,11 @@ fn invite_locally(
 }
 
 /// Presents a fresh certificate every day.
-async fn renew(door: Arc<Door>, registrar: RegistrarHandle) {
+async fn renew(door: Arc<Door>) {
     loop {
         tokio::time::sleep(RENEW_EVERY).await;
         let renewed = async {
-            let certificate = registrar.certificate().await?;
+            let certificate = door.registrar.certificate().await?;
             let key = door.identity.signing.tls_key().map_err(enrol::key_error)?;
             Ok::<_, RegistrarError>(TlsIdentity { certificate, key })
         };
