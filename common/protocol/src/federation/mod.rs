@@ -159,7 +159,7 @@ impl Federation {
             Input::Said { conn, message } => self.said(conn, message),
             Input::Offered { conn, manifest, authentic } => self.offered(conn, &manifest, authentic),
             Input::Gone { conn } => self.gone(conn, Gone::Disconnected),
-            Input::Misbehaved { conn, what } => self.eject(conn, Gone::Misbehaved(what)),
+            Input::Misbehaved { conn, what } => self.misbehaved(conn, what),
             Input::Verified { task, hash, norm } => self.verified(task, hash, norm),
             Input::Spoiled { task, hash, refusal } => self.spoiled(task, hash, refusal),
             Input::Cut { task, hash } => self.cut(task, hash),
@@ -296,7 +296,7 @@ impl Federation {
             }
             FromWorker::Leaving(leave) => self.leaving(conn, leave),
             FromWorker::Join { .. } | FromWorker::Offer(_) => {
-                self.eject(conn, Gone::Misbehaved("a message out of turn".to_owned()));
+                self.misbehaved(conn, "a message out of turn".to_owned());
             }
         }
     }
@@ -336,6 +336,12 @@ impl Federation {
         let Some(&conn) = self.volatile.by_worker.get(&worker) else { return };
         self.withdraw_of(conn, Withdrawal::Left);
         self.eject(conn, Gone::Revoked);
+    }
+
+    /// Whoever is thrown out is not waited for.
+    fn misbehaved(&mut self, conn: ConnId, what: String) {
+        self.withdraw_of(conn, Withdrawal::Left);
+        self.eject(conn, Gone::Misbehaved(what));
     }
 
     fn eject(&mut self, conn: ConnId, why: Gone) {

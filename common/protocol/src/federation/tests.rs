@@ -602,6 +602,19 @@ fn a_revoked_worker_is_closed_and_the_round_goes_on_without_it() {
 }
 
 #[test]
+fn a_worker_that_was_thrown_out_is_not_waited_for() {
+    let mut fleet = Fleet::new(with(plan(3, 1), |p| p.rounds.quorum = 0.6), 3);
+    fleet.workers[0].train_time = secs(60);
+    fleet.run_until(|fleet| fleet.stage() == Stage::Training);
+    let (conn, began) = (fleet.workers[0].conn.unwrap(), fleet.now());
+    fleet.workers[0].banned = true;
+    fleet.inject(Input::Misbehaved { conn, what: "a payload longer than its manifest".to_owned() });
+    fleet.run_until(|fleet| fleet.finished.is_some());
+    assert_eq!(fleet.entries(1).len(), 2);
+    assert!(fleet.now() - began < secs(10), "the deadline of somebody's absence is 30 s");
+}
+
+#[test]
 fn a_round_never_assigns_more_tasks_than_a_sum_may_hold() {
     let many = UPDATES_MAX as usize + 5;
     let mut fleet = Fleet::new(with(plan(UPDATES_MAX, 1), |p| p.rounds.quorum = 1.0), many);
