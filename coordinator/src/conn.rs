@@ -13,10 +13,10 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::{Bytes, BytesMut};
 use certs::worker_identity;
 use protocol::ids::{ConnId, Instance, TaskId, WorkerId};
-use protocol::limits::{HELLO_VERSIONS_MAX, RECORD_BYTES_MAX, SESSION_AGE_MAX};
+use protocol::limits::{HELLO_VERSIONS_MAX, RECORD_BYTES_MAX, SENTENCE_LEN_MAX, SESSION_AGE_MAX};
 use protocol::messages::{
-    DecodeError, Download, EnrolAnswer, FromWorker, Hello, HelloRefused, Manifest, PROTOCOL_VERSION, Receipt, Refusal,
-    Role, Signed, ToWorker, Upload, decode, encode,
+    DecodeError, Download, EnrolAnswer, FromWorker, Hello, HelloRefused, Leave, Manifest, PROTOCOL_VERSION, Receipt,
+    Refusal, Role, Signed, ToWorker, Upload, decode, encode, printable,
 };
 use protocol::session::sign::{MANIFEST_CONTEXT, RECEIPT_CONTEXT, sign, verify};
 use protocol::session::{
@@ -50,6 +50,10 @@ const UPLOAD_EARLY_MAX: Duration = Duration::from_secs(10);
 
 /// How long what was said last may take to arrive.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
+
+/// Contents that are on their way to one worker. Each keeps its model in memory, so whoever reads none of them is let
+/// go; it may come back and get the newest alone.
+const DOWNLOADS_MAX: usize = 8;
 
 /// What waits to be said to one worker. Whoever lets it fill does not read.
 pub const SAYINGS_MAX: usize = 256;
@@ -484,6 +488,7 @@ impl Peer {
         loop {
             match control.next().await {
                 Ok(Some(FromWorker::Offer(signed))) => self.offered(&signed, &key).await,
+                Ok(Some(FromWorker::Leaving(leave))) => self.leaving(leave).await,
                 Ok(Some(message)) => self.say(FromConn::Said(self.conn, message)).await,
                 // The worker has said its last word; what it is told may still be on its way.
                 Ok(None) => return,
@@ -502,6 +507,21 @@ impl Peer {
 
     async fn misbehaved(&self, what: &(dyn std::fmt::Display + Sync)) {
         self.say(FromConn::Misbehaved(self.conn, what.to_string())).await;
+    }
+
+    /// A worker's own sentence goes to the operator's terminal.
+    async fn leaving(&self, leave: Leave) {
+        let leave = match leave {
+            Leave::NotAllowed(sentence) | Leave::DataUnfit(sentence) if sentence.len() > SENTENCE_LEN_MAX => {
+                let got = sentence.len();
+                let what = format!("a sentence of {got} bytes, at most {SENTENCE_LEN_MAX} allowed");
+                return self.misbehaved(&what).await;
+            }
+            Leave::NotAllowed(sentence) => Leave::NotAllowed(printable(&sentence)),
+            Leave::DataUnfit(sentence) => Leave::DataUnfit(printable(&sentence)),
+            Leave::Stopping => Leave::Stopping,
+        };
+        self.say(FromConn::Said(self.conn, FromWorker::Leaving(leave))).await;
     }
 
     async fn offered(&self, signed: &Signed, key: &[u8; 32]) {
@@ -640,6 +660,9 @@ impl Peer {
             let message = match saying {
                 Saying::Message(message) => message,
                 Saying::Receipt(receipt) => self.signed(&receipt),
+                Saying::Content(_) if downloads.len() >= DOWNLOADS_MAX => {
+                    return self.connection.close(CloseCode::TimedOut, "contents are not read");
+                }
                 Saying::Content(content) => {
                     downloads.spawn(self.clone().download(content));
                     continue;

@@ -11,6 +11,7 @@ use bytes::{Bytes, BytesMut};
 use certs::{CertificateDer, KeyError, SERVER_NAME};
 use protocol::messages::{
     DecodeError, FromWorker, Hello, HelloRefused, PROTOCOL_VERSION, Role, SessionMode, ToWorker, decode, encode,
+    printable,
 };
 use protocol::session::{
     Established, HandshakeError, Initiator, MessageAssembler, Opener, Sealer, Session, StaticSecret, prologue,
@@ -87,7 +88,7 @@ pub enum LinkError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
     /// The coordinator speaks another version.
-    #[error("the coordinator refuses: {}", .0.sentence)]
+    #[error("the coordinator refuses: {}", printable(&.0.sentence))]
     Refused(HelloRefused),
     /// It ended the connection.
     #[error(transparent)]
@@ -309,10 +310,6 @@ impl<E> Events<E> {
 
 async fn read_control<E: Send>(connection: Connection, receive: RecvStream, opener: Opener, events: Events<E>) {
     let mut end = read_messages(receive, opener, &events).await;
-    if matches!(end, LinkEnd::ControlEnded) {
-        // Whoever ends the control stream closes the connection next, and says why. One that does not is closed below.
-        let _ = tokio::time::timeout(GOODBYE_MAX, connection.closed()).await;
-    }
     if let Some(ended) = connection.ended() {
         end = ended.into();
     } else {

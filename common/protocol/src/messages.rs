@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::evaluation::Evaluation;
 use crate::ids::{ContentId, Hash, Instance, RunId, TaskId, WorkerId, WorkerName};
+use crate::limits::SENTENCE_LEN_MAX;
 use crate::plan::LearningPlan;
 
 /// The version that this build speaks.
@@ -469,6 +470,13 @@ pub struct Download {
     pub id: ContentId,
 }
 
+/// A peer's sentence as a person may be shown it: at most [`SENTENCE_LEN_MAX`] bytes, and nothing that steers a terminal.
+#[must_use]
+pub fn printable(sentence: &str) -> String {
+    let bounded = &sentence[..sentence.floor_char_boundary(SENTENCE_LEN_MAX)];
+    bounded.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
 /// Bytes that are not the message they should be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
@@ -496,4 +504,16 @@ pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError> {
     let (message, rest) = postcard::take_from_bytes(bytes).map_err(|e| DecodeError::Unreadable(e.to_string()))?;
     if rest.is_empty() { Ok(message) } else { Err(DecodeError::LeftOver(rest.len())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peers_sentence_is_bounded_and_cannot_steer_a_terminal() {
+        assert_eq!(printable("\x1b[2Jno such column\r\n\u{9b}0m"), " [2Jno such column   0m");
+        assert_eq!(printable(&"x".repeat(SENTENCE_LEN_MAX + 1)), "x".repeat(SENTENCE_LEN_MAX));
+        assert_eq!(printable(&"é".repeat(SENTENCE_LEN_MAX)).len(), SENTENCE_LEN_MAX);
+    }
 }
