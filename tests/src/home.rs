@@ -189,6 +189,11 @@ impl Running {
         }
     }
 
+    /// The JSON lines that were read so far.
+    pub fn lines(&self) -> impl Iterator<Item = Value> {
+        self.seen.iter().map(|line| serde_json::from_str(line).unwrap())
+    }
+
     /// Waits until stderr has `text`.
     pub fn until_stderr(&mut self, text: &str) {
         let deadline = Instant::now() + PATIENCE;

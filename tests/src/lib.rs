@@ -3,13 +3,17 @@
 pub mod data;
 pub mod fleet;
 pub mod home;
+pub mod live;
 pub mod process;
+pub mod stranger;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 pub use fleet::{Fleet, ended_well};
 pub use home::{Home, Running, Said};
+pub use live::LiveFleet;
+pub use stranger::{Papers, Stranger};
 
 /// The root of the repository.
 #[must_use]

@@ -3,4 +3,5 @@
 
 mod deploy;
 mod monitoring;
+mod network;
 mod runs;
