@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use protocol::federation::Stage;
 use protocol::ids::WorkerId;
 use protocol::invitation::Invitation;
 use serde::{Deserialize, Serialize};
@@ -285,9 +286,15 @@ impl Desk {
             }
             Request::Revoke { worker } => self.revoke(worker).await,
             Request::Status => Ok(Answer::Status(self.status.borrow().to_json())),
+            Request::Abort if self.is_over() => Ok(Answer::Error("the run is over already".to_owned())),
             Request::Abort => self.command(Command::Abort).await.map(|()| Answer::Aborting),
         };
         answer.unwrap_or_else(|error| Answer::Error(error.to_string()))
+    }
+
+    fn is_over(&self) -> bool {
+        let page = self.status.borrow();
+        page.status.as_ref().is_some_and(|status| matches!(status.stage, Stage::Finished | Stage::Aborted))
     }
 
     async fn revoke(&self, name: String) -> Result<Answer, RegistrarError> {

@@ -242,6 +242,12 @@ impl Payload {
         }
     }
 
+    /// A payload that is in memory already: for tests of whoever uses payloads.
+    #[cfg(test)]
+    pub(crate) fn of(bytes: Vec<u8>, verified: Option<Verified>) -> Self {
+        Self { bytes: bytes.len() as u64, verified, place: Place::Memory(bytes) }
+    }
+
     /// All of it at once: for what is bounded to some mebibytes.
     ///
     /// # Errors

@@ -572,3 +572,182 @@ pub fn write_model(
     write_durably(&directory.join(WEIGHTS_FILE), &model.weights_file())?;
     Ok(write_durably(&directory.join(DESCRIPTION_FILE), &model.description_file())?)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use learning::{Dataset, MIN_COUNT, Table};
+    use protocol::federation::CommittedRound;
+    use protocol::ids::RunId;
+    use protocol::plan::{LearningPlan, RoundsSpec};
+    use protocol::sum::Verifier;
+
+    use crate::store::Memory;
+
+    fn plan() -> Plan {
+        Plan::new(LearningPlan::default(), RoundsSpec::default()).unwrap()
+    }
+
+    /// A survey of 40 rows whose label is whether `x` is above `centre`.
+    fn survey(home: &Path, name: &str, label: &str, centre: i32) -> Vec<u8> {
+        let path = home.join(format!("{name}.csv"));
+        let rows: String = (0..40).map(|x| format!("{x},{}\n", i32::from(x > centre))).collect();
+        fs::write(&path, format!("x,{label}\n{rows}")).unwrap();
+        let table = Table::read(&path).unwrap();
+        let data = plan().learning.data;
+        Dataset::new(table, &data, None, 7, name).unwrap().survey(MIN_COUNT).unwrap().to_bytes()
+    }
+
+    struct Bench {
+        home: tempfile::TempDir,
+        workshop: Workshop,
+        done: mpsc::UnboundedReceiver<Done>,
+    }
+
+    fn bench(from: &Snapshot) -> Bench {
+        let home = tempfile::tempdir().unwrap();
+        let places = Places { run: home.path().to_owned(), model: home.path().join("model") };
+        let store = Box::new(Memory::default());
+        let (workshop, done) = Workshop::new(plan(), store, places, from, Telemetry::new()).unwrap();
+        Bench { home, workshop, done }
+    }
+
+    fn unbegun() -> Snapshot {
+        let checkpoint = Checkpoint::new(RunId([1; 16]), plan().hash());
+        Snapshot { checkpoint, schema: Arc::from([]), model: Arc::from([]), server: Vec::new() }
+    }
+
+    impl Bench {
+        fn work(&mut self, job: Job) -> Vec<Done> {
+            self.workshop.work(job).unwrap();
+            std::iter::from_fn(|| self.done.try_recv().ok()).collect()
+        }
+
+        fn merge(&mut self, surveys: &[(&str, Vec<u8>)]) -> (SurveyOutcome, Vec<Done>) {
+            let mut named = Vec::new();
+            for (at, (name, bytes)) in (0u8..).zip(surveys) {
+                let task = TaskId(at.into());
+                self.work(Job::Keep(task, Payload::of(bytes.clone(), None)));
+                named.push((task, WorkerId([at; 16]), name.parse().unwrap()));
+            }
+            let mut done = self.work(Job::Merge(named));
+            let Some(Done::Learned(Input::Surveyed(outcome))) = done.pop() else { panic!("no outcome") };
+            (outcome, done)
+        }
+
+        fn freeze(&mut self) -> (Frozen, Hash) {
+            let home = self.home.path().to_owned();
+            let surveys = [("a", survey(&home, "a", "y", 10)), ("b", survey(&home, "b", "y", 20))];
+            let (SurveyOutcome::Frozen { frozen, model }, _) = self.merge(&surveys) else { panic!("not frozen") };
+            (frozen, model)
+        }
+
+        fn fold(&mut self, task: u64, value: f32, weight: u32) {
+            let numbers = vec![value; self.workshop.frame().unwrap().parameters()];
+            let bytes = to_bytes(&numbers);
+            let mut verifier = Verifier::new(plan().ring, bytes.len() as u64, Hash::of(&bytes));
+            verifier.update(&bytes).unwrap();
+            let payload = Payload::of(bytes, Some(verifier.finish().unwrap()));
+            self.work(Job::Keep(TaskId(task), payload));
+            let done = self.work(Job::Fold(TaskId(task), weight));
+            assert!(matches!(done.last(), Some(Done::Learned(Input::Folded { task: t })) if t.0 == task), "{done:?}");
+        }
+
+        fn step(&mut self, tasks: &[u64]) -> Hash {
+            let done = self.work(Job::Step(1, tasks.iter().copied().map(TaskId).collect()));
+            let Some(Done::Learned(Input::Stepped { model, .. })) = done.first() else { panic!("{done:?}") };
+            assert!(matches!(&done[1], Done::Sealed(content) if content.reference.hash == *model));
+            *model
+        }
+    }
+
+    #[test]
+    fn a_survey_becomes_a_schema_a_model_and_two_sealed_contents() {
+        let mut bench = bench(&unbegun());
+        let home = bench.home.path().to_owned();
+        let surveys = [("a", survey(&home, "a", "y", 10)), ("b", survey(&home, "b", "y", 20))];
+        let (outcome, done) = bench.merge(&surveys);
+        let SurveyOutcome::Frozen { frozen, model } = outcome else { panic!("{outcome:?}") };
+        let sealed: Vec<(Kind, Hash)> = done
+            .iter()
+            .filter_map(|done| match done {
+                Done::Sealed(content) => Some((content.kind, content.reference.hash)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(sealed, [(Kind::Schema, frozen.schema), (Kind::Model, model)]);
+        assert_eq!(frozen.parameters * 4, bench.workshop.model.len() as u64);
+    }
+
+    #[test]
+    fn workers_that_contradict_each_other_are_named() {
+        let mut bench = bench(&unbegun());
+        let home = bench.home.path().to_owned();
+        let surveys = [("a", survey(&home, "a", "y", 10)), ("b", survey(&home, "b", "target", 10))];
+        let (SurveyOutcome::Disagreed(sentence), _) = bench.merge(&surveys) else { panic!("they agree") };
+        assert!(sentence.contains("\"y\" at a") && sentence.contains("\"target\" at b"), "{sentence}");
+    }
+
+    #[test]
+    fn a_fleet_of_one_class_cannot_learn() {
+        let mut bench = bench(&unbegun());
+        let surveys = [("a", survey(bench.home.path(), "a", "y", 99))];
+        assert!(matches!(bench.merge(&surveys).0, SurveyOutcome::Impossible(_)));
+    }
+
+    #[test]
+    fn the_order_of_folds_does_not_change_the_model_and_the_next_round_starts_empty() {
+        let updates = [(1, 0.5, 3), (2, -0.25, 5), (3, 1e-3, 7)];
+        let model = |order: [usize; 3]| {
+            let mut bench = bench(&unbegun());
+            bench.freeze();
+            for at in order {
+                let (task, value, weight) = updates[at];
+                bench.fold(task, value, weight);
+            }
+            let first = bench.step(&[1, 2, 3]);
+            bench.fold(4, 0.125, 1);
+            (first, bench.step(&[4]))
+        };
+        assert_eq!(model([0, 1, 2]), model([2, 0, 1]));
+    }
+
+    #[test]
+    fn a_snapshot_is_where_the_next_start_goes_on() {
+        let mut before = bench(&unbegun());
+        let (frozen, _) = before.freeze();
+        before.fold(1, 0.5, 3);
+        let model = before.step(&[1]);
+        let rounds = vec![CommittedRound { model, entries: Vec::new() }];
+        let checkpoint = Checkpoint {
+            frozen: Some(frozen),
+            model: Some(model),
+            rounds,
+            ..Checkpoint::new(RunId([1; 16]), plan().hash())
+        };
+        let done = before.work(Job::Sync(EventNo(9), Box::new(checkpoint)));
+        assert!(matches!(done[..], [Done::Synced { no: EventNo(9), .. }]), "{done:?}");
+        let (Some(snapshot), _) = before.workshop.store.load().unwrap() else { panic!("nothing was kept") };
+
+        let mut after = bench(&snapshot);
+        before.fold(2, 0.25, 1);
+        after.fold(2, 0.25, 1);
+        assert_eq!(before.step(&[2]), after.step(&[2]));
+
+        let mut damaged = snapshot;
+        damaged.model = vec![0; damaged.model.len()].into();
+        let places = Places { run: after.home.path().to_owned(), model: after.home.path().to_owned() };
+        let refused = Workshop::new(plan(), Box::new(Memory::default()), places, &damaged, Telemetry::new());
+        assert!(matches!(refused, Err(WorkshopError::OtherModel { .. })));
+    }
+
+    #[test]
+    fn a_finished_model_can_be_used_by_whoever_reads_the_directory() {
+        let mut bench = bench(&unbegun());
+        let (_, model) = bench.freeze();
+        let done = bench.work(Job::Finish(EvaluationSummary::default()));
+        let [Done::Written(path)] = &done[..] else { panic!("{done:?}") };
+        assert_eq!(SavedModel::read(path).unwrap().hash(), model);
+    }
+}

@@ -310,6 +310,10 @@ impl<E> Events<E> {
 
 async fn read_control<E: Send>(connection: Connection, receive: RecvStream, opener: Opener, events: Events<E>) {
     let mut end = read_messages(receive, opener, &events).await;
+    if matches!(end, LinkEnd::ControlEnded) {
+        // Whoever ends the control stream closes the connection next, and says why. One that does not is closed below.
+        let _ = tokio::time::timeout(GOODBYE_MAX, connection.closed()).await;
+    }
     if let Some(ended) = connection.ended() {
         end = ended.into();
     } else {

@@ -172,12 +172,15 @@ impl fmt::Display for Line {
                 f.write_str(mode_in_words(*mode))
             }
             Self::Note { text } => write!(f, "note: {text}"),
+            Self::Round { round, kind: TaskKind::Evaluation, eval, .. } => match eval {
+                Some(eval) => write!(f, "round {round}: the model on held-out rows: {eval}"),
+                None => write!(f, "round {round}: no held-out rows to evaluate the model on"),
+            },
             Self::Round { round, kind, train_loss, eval, seconds, examples, .. } => {
                 match kind {
-                    TaskKind::Update | TaskKind::Gradient | TaskKind::Evaluation => write!(f, "round {round}: ")?,
                     TaskKind::Survey => f.write_str("survey: ")?,
                     TaskKind::Rows => f.write_str("rows shared: ")?,
-                    TaskKind::Partial => f.write_str("partial sum: ")?,
+                    _ => write!(f, "round {round}: ")?,
                 }
                 if let Some(loss) = train_loss {
                     write!(f, "trained to loss {loss:.4}, ")?;

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use learning::Table;
 use protocol::evaluation::summarise;
 use protocol::ids::{ContentId, Hash, Instance, TaskId, Time, WorkerId};
-use protocol::limits::{BEAT_EVERY, PAYLOAD_AT_ONCE_BYTES_MAX};
+use protocol::limits::PAYLOAD_AT_ONCE_BYTES_MAX;
 use protocol::member::{Act, Ending, Event, Input, Made, Member, Notice, Output, WorkKey};
 use protocol::messages::{
     Assigned, ContentRef, Encoding, FromWorker, Manifest, Signed, ToWorker, Upload, Welcome, encode, printable,
@@ -41,6 +41,11 @@ use crate::transfer::{self, ContentKind, TransferError};
 
 /// What is reported to the loop and not taken in yet: a few messages of each task.
 const REPORTS_MAX: usize = 256;
+
+/// How often a worker that has taken part says something while it has no open task, when the machine does not beat. A
+/// coordinator that was killed and restarted ends the old connection with its first answer, so it must be asked for one:
+/// QUIC's own keep-alive would take 25 s.
+const PULSE_EVERY: Duration = Duration::from_secs(1);
 
 /// How long the coordinator may take to hear that the connection is closed.
 const CLOSE_MAX: Duration = Duration::from_millis(500);
@@ -119,8 +124,7 @@ enum Happening {
     Trainer(FromTrainer),
     /// The time that the machine waits for has come.
     Tick,
-    /// A payload waits for its receipt, and nothing was said for a while: the machine beats only until it is held, and
-    /// a coordinator that was restarted since must hear from us to end the old connection.
+    /// Nothing was said for a while.
     Pulse,
     /// The owner stops the process.
     Stop,
@@ -216,7 +220,7 @@ impl Shell {
                 // The loop holds a sender itself, so the channel never closes.
                 Some(happening) = self.inbox.recv() => happening,
                 () = tokio::time::sleep(wait.unwrap_or_default()), if wait.is_some() => Happening::Tick,
-                () = tokio::time::sleep(BEAT_EVERY), if self.awaited_task().is_some() => Happening::Pulse,
+                () = tokio::time::sleep(PULSE_EVERY), if self.last_task().is_some() => Happening::Pulse,
             };
             stopping |= matches!(happening, Happening::Stop);
             self.take_in(happening)?;
@@ -386,7 +390,7 @@ impl Shell {
             Happening::Trainer(report) => self.take_in_trainer(report)?,
             Happening::Tick => self.tell(Input::Tick),
             Happening::Pulse => {
-                if let Some(task) = self.awaited_task() {
+                if let Some(task) = self.last_task() {
                     self.beat(task);
                 }
             }
@@ -580,9 +584,9 @@ impl Shell {
         });
     }
 
-    /// The task whose payload waits for its receipt, or for an answer.
-    fn awaited_task(&self) -> Option<TaskId> {
-        let idle = self.link.is_some() && matches!(self.work, Work::None) && !self.payloads.is_empty();
+    /// The task that was done last, while there is no other: what a pulse names.
+    fn last_task(&self) -> Option<TaskId> {
+        let idle = self.link.is_some() && matches!(self.work, Work::None);
         self.offered.filter(|_| idle)
     }
 

@@ -193,8 +193,8 @@ pub enum StateError {
     /// A key could not be read or made.
     #[error(transparent)]
     Key(#[from] KeyFileError),
-    /// A file could not be read or written.
-    #[error(transparent)]
+    /// A file of it could not be read or written.
+    #[error("the state directory cannot be used; name another one with --state")]
     File(#[from] FileError),
 }
 
