@@ -7,7 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{HISTOGRAM_BINS, HISTOGRAM_CLASSES_MAX};
+use crate::limits::{EXAMPLES_MAX, HISTOGRAM_BINS, HISTOGRAM_CLASSES_MAX};
 
 /// Counts by bin, sparse: pairs of a bin and its count, bins ascending, counts at least 1.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,6 +115,7 @@ impl Evaluation {
         match self {
             Self::Classification { loss_sum, count, correct, scores } => {
                 finite(&[*loss_sum])?;
+                bounded(*count)?;
                 if scores.len() > HISTOGRAM_CLASSES_MAX {
                     return Err(EvaluationError::Classes { got: scores.len() });
                 }
@@ -122,11 +123,16 @@ impl Evaluation {
                 let all = scores.iter().map(whole).collect::<Result<Vec<_>, _>>()?;
                 if correct <= count && all.iter().all(|fits| *fits) { Ok(()) } else { Err(EvaluationError::Counts) }
             }
-            Self::Regression { loss_sum, squared_error, target_sum, target_squares, .. } => {
+            Self::Regression { loss_sum, count, squared_error, target_sum, target_squares } => {
+                bounded(*count)?;
                 finite(&[*loss_sum, *squared_error, *target_sum, *target_squares])
             }
         }
     }
+}
+
+fn bounded(count: u64) -> Result<(), EvaluationError> {
+    if count <= EXAMPLES_MAX { Ok(()) } else { Err(EvaluationError::Counts) }
 }
 
 fn finite(sums: &[f64]) -> Result<(), EvaluationError> {

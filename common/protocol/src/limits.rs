@@ -41,6 +41,13 @@ pub const WORKERS_MAX: usize = 100_000;
 /// The most tasks that one round assigns, which is also the most updates that one sum holds.
 pub const UPDATES_MAX: u32 = 2048;
 
+/// The most tasks that one worker is given in one round. It gets another one only when it comes back after it left, or
+/// after what it offered was refused.
+pub const TASKS_OF_A_WORKER_MAX: usize = 8;
+
+/// The most rows behind one update or one evaluation: a sum over [`UPDATES_MAX`] of them is exact as `f64`.
+pub const EXAMPLES_MAX: u64 = 1 << 40;
+
 /// The most rounds of a run.
 pub const ROUNDS_MAX: u32 = 1_000_000;
 
@@ -87,6 +94,7 @@ pub const RECONNECT_AFTER_MAX: Duration = Duration::from_secs(15);
 pub const SESSION_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
 
 const _: () = assert!(SILENCE_MAX.as_millis() > 3 * BEAT_EVERY.as_millis());
+const _: () = assert!(EXAMPLES_MAX * UPDATES_MAX as u64 <= 1 << 53);
 const _: () = assert!(PAYLOAD_AT_ONCE_BYTES_MAX <= 2 * RECORD_BYTES_MAX as u64);
 // Two histograms a class, a bin number and a count of at most three and five bytes each.
 const _: () = assert!(HISTOGRAM_CLASSES_MAX * 2 * HISTOGRAM_BINS as usize * 8 <= CONTROL_MESSAGE_BYTES_MAX);
