@@ -270,6 +270,8 @@ pub struct Member {
     /// The plan that the owner allowed.
     allowed: Option<LearningPlan>,
     welcome: Option<Box<Welcome>>,
+    /// Plans that the owner was asked about and has not spoken of: only the last one's verdict counts.
+    considering: u32,
     now: Time,
     beat_at: Option<Time>,
     ended: bool,
@@ -299,13 +301,16 @@ enum Link {
     /// An attempt is under way.
     Connecting { attempt: u32 },
     /// The session is up, and the plan is being read.
-    Joining,
+    Joining { attempt: u32 },
     /// In.
     Up {
         since: Time,
         /// The coordinator has said of the kept payload all that it will in this session.
         answered: bool,
+        attempt: u32,
     },
+    /// It was told to end.
+    Leaving,
 }
 
 /// The task that is being worked on.
@@ -317,6 +322,9 @@ struct Work {
     task: TaskId,
     key: WorkKey,
 }
+
+/// A session that lasted so long did not fail: the next attempt is the first again.
+const STEADY_AFTER: Duration = Duration::from_secs(1);
 
 impl Member {
     /// A worker's process, `instance` a nonce of its own. It connects at the first [`Input::Tick`].
@@ -330,6 +338,7 @@ impl Member {
             run: None,
             allowed: None,
             welcome: None,
+            considering: 0,
             now: Time(0),
             beat_at: None,
             ended: false,
@@ -398,15 +407,12 @@ impl Member {
     // --- the link ---
 
     fn connected(&mut self) {
-        self.link = Link::Joining;
+        self.link = Link::Joining { attempt: self.attempt() };
         self.act(Act::Send(FromWorker::Join { instance: self.instance }));
     }
 
     fn unreachable(&mut self) {
-        let attempt = match self.link {
-            Link::Connecting { attempt } | Link::Down { attempt, .. } => attempt.saturating_add(1),
-            Link::Joining | Link::Up { .. } => 1,
-        };
+        let attempt = self.attempt().saturating_add(1);
         let wait = self.backoff(attempt);
         self.link = Link::Down { attempt, retry_at: self.now.after(wait) };
         self.notice(Notice::Unreachable { attempt, seconds: wait.as_secs_f64() });
@@ -414,8 +420,24 @@ impl Member {
 
     fn lost(&mut self) {
         self.notice(Notice::Lost);
-        let attempt = if matches!(self.link, Link::Up { .. }) { 0 } else { 1 };
+        let steady = matches!(self.link, Link::Up { since, .. } if self.now.since(since) >= STEADY_AFTER);
+        let attempt = match self.link {
+            Link::Leaving => 0,
+            _ if steady => 0,
+            _ => self.attempt().saturating_add(1),
+        };
         self.link = Link::Down { attempt, retry_at: self.now.after(self.backoff(attempt)) };
+    }
+
+    /// How many attempts came to nothing lately.
+    fn attempt(&self) -> u32 {
+        match self.link {
+            Link::Down { attempt, .. }
+            | Link::Connecting { attempt }
+            | Link::Joining { attempt }
+            | Link::Up { attempt, .. } => attempt,
+            Link::Leaving => 0,
+        }
     }
 
     /// Exponential, with jitter drawn from the process's nonce, so that a fleet does not come back as one.
@@ -435,6 +457,7 @@ impl Member {
                 self.act(Act::Connect);
             }
             Link::Up { since, .. } if self.is_idle() && self.now.since(since) >= SESSION_AGE_MAX => {
+                self.link = Link::Leaving;
                 self.act(Act::Disconnect);
             }
             _ => {}
@@ -521,15 +544,20 @@ impl Member {
             self.enter();
         } else {
             self.welcome = Some(welcome.clone());
+            self.considering = self.considering.saturating_add(1);
             self.act(Act::Consider(welcome));
         }
     }
 
     fn considered(&mut self, verdict: Result<(), Leave>) {
+        self.considering = self.considering.saturating_sub(1);
+        if self.considering > 0 {
+            return;
+        }
         match verdict {
             Ok(()) => {
                 self.allowed = self.welcome.take().map(|welcome| welcome.learning);
-                if self.link == Link::Joining {
+                if matches!(self.link, Link::Joining { .. }) {
                     self.enter();
                 }
             }
@@ -545,13 +573,13 @@ impl Member {
 
     /// In: says so, and offers again what still waits for its receipt.
     fn enter(&mut self) {
-        self.link = Link::Up { since: self.now, answered: false };
+        self.link = Link::Up { since: self.now, answered: false, attempt: self.attempt() };
         self.act(Act::Send(FromWorker::Ready));
         self.offer();
     }
 
     fn leave(&mut self, leave: Leave, ending: Ending) {
-        if matches!(self.link, Link::Up { .. } | Link::Joining) {
+        if matches!(self.link, Link::Up { .. } | Link::Joining { .. }) {
             self.act(Act::Send(FromWorker::Leaving(leave)));
         }
         self.end(ending);
@@ -587,7 +615,10 @@ impl Member {
     fn made(&mut self, task: TaskId, made: Box<Made>) {
         let hash = made.hash;
         let Some(work) = self.work.take_if(|work| work.begun == task) else {
-            self.act(Act::Drop { hash });
+            // What was made for nobody may be what is kept: the bytes of the same work are the same.
+            if self.durable.kept.as_ref().is_none_or(|kept| kept.made.hash != hash) {
+                self.act(Act::Drop { hash });
+            }
             return;
         };
         if self.durable.kept.as_ref().is_some_and(|kept| kept.made.hash != hash) {
