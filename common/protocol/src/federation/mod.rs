@@ -60,6 +60,8 @@ struct Volatile {
     queue: VecDeque<TaskId>,
     permits_used: u32,
     folded: BTreeSet<TaskId>,
+    /// How often each open task was told to its worker.
+    announced: BTreeMap<TaskId, u32>,
     stage_began: Time,
     work_began: Time,
     /// Whether the first work of this process has begun: later rounds do not count down.
@@ -154,7 +156,7 @@ impl Federation {
         self.volatile.now = now.max(self.volatile.now);
         match input {
             Input::Joined { conn, worker, name, weight_max, instance } => {
-                self.joined(conn, Session::new(worker, name, weight_max, instance, now));
+                self.joined(conn, Session::new(worker, name, weight_max, instance, self.volatile.now));
             }
             Input::Said { conn, message } => self.said(conn, message),
             Input::Offered { conn, manifest, authentic } => self.offered(conn, &manifest, authentic),
@@ -268,12 +270,17 @@ impl Federation {
     // --- sessions ---
 
     fn joined(&mut self, conn: ConnId, session: Session) {
+        if self.volatile.sessions.contains_key(&conn) {
+            return self.misbehaved(conn, "it joined twice".to_owned());
+        }
         if let Some(&older) = self.volatile.by_worker.get(&session.worker) {
-            let same = self.volatile.sessions.get(&older).is_some_and(|old| old.instance == session.instance);
-            if !same {
+            // The same process on a new connection has not been displaced, and must not be told so on the old one.
+            if self.volatile.sessions.get(&older).is_some_and(|old| old.instance == session.instance) {
+                self.eject(older, Gone::Disconnected);
+            } else {
                 self.send(older, ToWorker::Displaced);
+                self.eject(older, Gone::Displaced);
             }
-            self.eject(older, Gone::Displaced);
         }
         self.volatile.by_worker.insert(session.worker, conn);
         self.volatile.fleet_changed = true;
@@ -307,7 +314,7 @@ impl Federation {
             return;
         }
         let (name, worker) = (session.name.clone(), session.worker);
-        self.volatile.blocked = false;
+        (self.volatile.blocked, self.volatile.fleet_changed) = (false, true);
         let workers = u32::try_from(self.ready_workers().count()).unwrap_or(u32::MAX);
         self.notice(Notice::Ready { name, workers });
         match &self.durable.phase {
@@ -322,25 +329,30 @@ impl Federation {
     }
 
     fn leaving(&mut self, conn: ConnId, leave: Leave) {
+        let Some(worker) = self.volatile.sessions.get(&conn).map(|session| session.worker) else { return };
         let why = match leave {
             Leave::Stopping => Gone::Left,
             Leave::NotAllowed(sentence) | Leave::DataUnfit(sentence) => {
-                self.withdraw_of(conn, Withdrawal::Left);
+                self.withdraw_of(worker);
                 Gone::Declined(sentence)
             }
         };
-        self.gone(conn, why);
+        self.eject(conn, why);
     }
 
+    /// Its task is withdrawn also if it is away: it will not come back for it.
     fn revoked(&mut self, worker: WorkerId) {
-        let Some(&conn) = self.volatile.by_worker.get(&worker) else { return };
-        self.withdraw_of(conn, Withdrawal::Left);
-        self.eject(conn, Gone::Revoked);
+        self.withdraw_of(worker);
+        if let Some(&conn) = self.volatile.by_worker.get(&worker) {
+            self.eject(conn, Gone::Revoked);
+        }
     }
 
     /// Whoever is thrown out is not waited for.
     fn misbehaved(&mut self, conn: ConnId, what: String) {
-        self.withdraw_of(conn, Withdrawal::Left);
+        if let Some(worker) = self.volatile.sessions.get(&conn).map(|session| session.worker) {
+            self.withdraw_of(worker);
+        }
         self.eject(conn, Gone::Misbehaved(what));
     }
 
@@ -363,6 +375,7 @@ impl Federation {
 
     fn stop(&mut self) {
         self.volatile.stopping = true;
+        self.volatile.timers = Timers::default();
         let conns: Vec<ConnId> = self.volatile.sessions.keys().copied().collect();
         for conn in conns {
             self.send(conn, ToWorker::GoingAway);
@@ -373,6 +386,9 @@ impl Federation {
     // --- time ---
 
     fn tick(&mut self) {
+        if self.volatile.stopping {
+            return;
+        }
         let now = self.volatile.now;
         if self.volatile.timers.sweep.is_some_and(|at| at <= now) {
             self.volatile.timers.sweep = None;

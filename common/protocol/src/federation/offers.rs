@@ -4,12 +4,12 @@
 //! wins, the same hash again gets the same answer, and a committed task gets its receipt again.
 
 use crate::ids::{ConnId, Hash, RunId, TaskId, WorkerId, WorkerName};
-use crate::limits::{PAYLOAD_AT_ONCE_BYTES_MAX, ROWS_BYTES_MAX, SURVEY_BYTES_MAX};
+use crate::limits::{EXAMPLES_MAX, PAYLOAD_AT_ONCE_BYTES_MAX, ROWS_BYTES_MAX, SURVEY_BYTES_MAX, TASKS_OF_A_WORKER_MAX};
 use crate::messages::{Encoding, Failure, Manifest, Receipt, Refusal, TaskKind, ToWorker};
 use crate::plan::{Durability, Mode};
 
 use super::state::{Task, TaskState, Work};
-use super::{Act, Event, Federation, Gate, HeldUpdate, Notice, Output, Withdrawal};
+use super::{Act, Event, EventNo, Federation, Gate, Gone, HeldUpdate, Notice, Output, Withdrawal};
 
 /// An accepted offer whose payload is not held yet.
 #[derive(Clone, Debug)]
@@ -60,7 +60,7 @@ impl Federation {
             Answer::Nothing => self.notice(Notice::Duplicate { name, task }),
             Answer::Again(message) => {
                 self.notice(Notice::Duplicate { name, task });
-                self.send(conn, message);
+                self.promise(Act::Send { conn, message });
             }
             Answer::Receipt(receipt) => {
                 self.notice(Notice::Duplicate { name, task });
@@ -137,12 +137,13 @@ impl Federation {
         let model_bytes = frozen.map_or(0, |frozen| frozen.parameters * 4);
         let (fits, expected) = match work.kind {
             TaskKind::Update | TaskKind::Gradient | TaskKind::Partial => (manifest.bytes == model_bytes, model_bytes),
-            TaskKind::Survey => (manifest.bytes <= SURVEY_BYTES_MAX, SURVEY_BYTES_MAX),
+            TaskKind::Survey => ((1..=SURVEY_BYTES_MAX).contains(&manifest.bytes), SURVEY_BYTES_MAX),
             TaskKind::Rows => (manifest.bytes <= ROWS_BYTES_MAX, ROWS_BYTES_MAX),
             TaskKind::Evaluation => (manifest.bytes == 0, 0),
         };
         let folds = folds(work.kind);
         let layout = if folds { frozen.map(|frozen| frozen.layout) } else { Some(manifest.layout) };
+        let count_fits = manifest.examples <= EXAMPLES_MAX;
         let loss_fits = manifest.metrics.train_loss.is_none_or(f64::is_finite) && manifest.metrics.seconds.is_finite();
         let evaluation_fits = manifest.metrics.evaluation.as_ref().is_none_or(|e| e.check().is_ok());
         let refuse = |holds: bool, refusal: Refusal| if holds { Ok(()) } else { Err(refusal) };
@@ -153,7 +154,7 @@ impl Federation {
         refuse(fits, Refusal::WrongLength { got: manifest.bytes, expected })?;
         let weight = Refusal::WrongWeight { got: manifest.weight, max: weight_max };
         refuse(!folds || (1..=weight_max).contains(&manifest.weight), weight)?;
-        refuse(loss_fits && evaluation_fits, Refusal::WrongMetrics)
+        refuse(count_fits && loss_fits && evaluation_fits, Refusal::WrongMetrics)
     }
 
     fn find(&self, task: TaskId) -> Option<(&Work, &Task)> {
@@ -173,6 +174,7 @@ impl Federation {
             metrics: manifest.metrics.clone(),
         });
         self.stop_receiving(task);
+        // An evaluation is in its manifest, and so are no rows: neither sends a payload.
         if manifest.bytes == 0 {
             self.hold(conn, task, manifest.kind, update);
             return;
@@ -191,7 +193,8 @@ impl Federation {
     fn grant(&mut self) {
         while self.permits_free() > 0 {
             let Some(task) = self.volatile.queue.pop_front() else { return };
-            let Some(receiving) = self.volatile.receiving.get_mut(&task) else { continue };
+            let waiting = self.volatile.receiving.get_mut(&task).filter(|receiving| receiving.turn == Turn::Queued);
+            let Some(receiving) = waiting else { continue };
             receiving.turn = Turn::Granted;
             let (conn, hash) = (receiving.conn, receiving.update.hash);
             self.volatile.permits_used += 1;
@@ -209,13 +212,10 @@ impl Federation {
     }
 
     pub(super) fn verified(&mut self, task: TaskId, hash: Hash, norm: f64) {
-        let Some(mut receiving) = self.received(task, hash) else {
-            self.act(Act::Forget { task });
-            return;
-        };
+        // A result of what was replaced or forgotten says nothing of what is held or coming now.
+        let Some(mut receiving) = self.received(task, hash) else { return };
         if !self.task_is_open(task) {
-            self.act(Act::Forget { task });
-            return;
+            return self.act(Act::Forget { task });
         }
         receiving.update.norm = norm;
         self.hold(receiving.conn, task, receiving.kind, receiving.update);
@@ -223,16 +223,21 @@ impl Federation {
 
     fn hold(&mut self, conn: ConnId, task: TaskId, kind: TaskKind, update: Box<HeldUpdate>) {
         let (hash, weight) = (update.hash, update.weight);
-        let number = self.emit(Event::Held { task, update });
-        let after = match self.plan.rounds.durability {
-            Durability::Round => Gate::Appended(number),
-            Durability::Update => Gate::Synced(number),
-        };
-        let act = Act::Send { conn, message: ToWorker::Held { task, hash } };
-        self.volatile.outputs.push_back(Output::Act { after, act });
+        self.emit(Event::Held { task, update });
+        self.promise(Act::Send { conn, message: ToWorker::Held { task, hash } });
         if folds(kind) {
             self.act(Act::Fold { task, weight });
         }
+    }
+
+    /// An act that says of a payload that it is held, for the first time or again.
+    fn promise(&mut self, act: Act) {
+        let last = EventNo(self.volatile.events);
+        let after = match self.plan.rounds.durability {
+            Durability::Round => Gate::Appended(last),
+            Durability::Update => Gate::Synced(last),
+        };
+        self.volatile.outputs.push_back(Output::Act { after, act });
     }
 
     pub(super) fn spoiled(&mut self, task: TaskId, hash: Hash, refusal: Refusal) {
@@ -243,10 +248,12 @@ impl Federation {
         self.refuse(receiving.conn, &name, worker, task, refusal);
     }
 
-    /// The stream ended early: the task stays open, and its worker offers again when it is back.
+    /// The stream ended early: the task stays open, and its worker offers again when it is back. It is made to come
+    /// back, since one that believes its payload sent would wait for ever.
     pub(super) fn cut(&mut self, task: TaskId, hash: Hash) {
-        if self.received(task, hash).is_some() {
+        if let Some(receiving) = self.received(task, hash) {
             self.act(Act::Forget { task });
+            self.eject(receiving.conn, Gone::Disconnected);
         }
     }
 
@@ -270,20 +277,17 @@ impl Federation {
         }
     }
 
-    /// Withdraws the open task of a connection's worker.
-    pub(super) fn withdraw_of(&mut self, conn: ConnId, why: Withdrawal) {
-        let Some(worker) = self.volatile.sessions.get(&conn).map(|session| session.worker) else { return };
+    /// Withdraws the open task of a worker that left for good.
+    pub(super) fn withdraw_of(&mut self, worker: WorkerId) {
         let open: Vec<TaskId> =
             self.open_tasks().filter(|(_, task)| task.worker == worker).map(|(task, _)| task).collect();
         for task in open {
-            self.withdraw(task, why);
+            self.withdraw(task, Withdrawal::Left);
         }
     }
 
     pub(super) fn withdraw(&mut self, task: TaskId, why: Withdrawal) {
-        if self.stop_receiving(task) {
-            self.act(Act::Forget { task });
-        }
+        self.stop_receiving(task);
         self.volatile.fleet_changed = true;
         self.emit(Event::Withdrawn { task, why });
     }
@@ -305,12 +309,24 @@ impl Federation {
         }
     }
 
-    /// Whether something was being received.
-    pub(super) fn stop_receiving(&mut self, task: TaskId) -> bool {
-        let Some(receiving) = self.volatile.receiving.remove(&task) else { return false };
-        self.volatile.queue.retain(|queued| *queued != task);
+    /// Takes an offer out of the table, wherever it is; the shell forgets what it was told of.
+    pub(super) fn stop_receiving(&mut self, task: TaskId) {
+        let Some(receiving) = self.volatile.receiving.remove(&task) else { return };
+        if receiving.turn == Turn::Queued {
+            self.volatile.queue.retain(|queued| *queued != task);
+        } else {
+            self.act(Act::Forget { task });
+        }
         self.release(receiving.turn);
-        true
+    }
+
+    pub(super) fn stop_receiving_all(&mut self) {
+        // Those who wait go first, so that no permit is given to one of them on the way.
+        self.volatile.queue.clear();
+        self.volatile.receiving.retain(|_, receiving| receiving.turn != Turn::Queued);
+        while let Some(&task) = self.volatile.receiving.keys().next() {
+            self.stop_receiving(task);
+        }
     }
 
     pub(super) fn stop_receiving_from(&mut self, conn: ConnId) {
@@ -318,7 +334,6 @@ impl Federation {
         let tasks: Vec<TaskId> = receiving.filter(|(_, r)| r.is_from(conn)).map(|(task, _)| *task).collect();
         for task in tasks {
             self.stop_receiving(task);
-            self.act(Act::Forget { task });
         }
     }
 
@@ -331,15 +346,41 @@ impl Federation {
         }
         let Some((task, last)) = work.latest_of(worker) else { return };
         let (round, kind, base) = (work.round, work.kind, work.base);
+        let given = work.tasks.values().filter(|task| task.worker == worker).count();
         match last.state {
             TaskState::Open => self.announce(conn, task),
-            TaskState::Withdrawn(Withdrawal::Left | Withdrawal::Refused(_)) => {
+            TaskState::Withdrawn(Withdrawal::Left | Withdrawal::Refused(_)) if given < TASKS_OF_A_WORKER_MAX => {
                 let name = last.name.clone();
                 let task = self.assign(round, kind, base, worker, name);
                 self.announce(conn, task);
+                if !self.volatile.overdue {
+                    self.resume();
+                }
             }
             TaskState::Held(_) | TaskState::Withdrawn(_) => {}
         }
+    }
+
+    /// The permits are those of the payloads that have one, the line those that wait, and the shell receives what
+    /// neither waits nor is forgotten.
+    #[cfg(test)]
+    pub(super) fn check_receiving(&self, expected: &std::collections::BTreeMap<TaskId, (ConnId, Hash)>) {
+        let volatile = &self.volatile;
+        let with = |turn| volatile.receiving.iter().filter(move |(_, r)| r.turn == turn);
+        assert_eq!(with(Turn::Granted).count(), volatile.permits_used as usize, "permits leak");
+        let queued: Vec<TaskId> = with(Turn::Queued).map(|(task, _)| *task).collect();
+        let mut queue: Vec<TaskId> = volatile.queue.iter().copied().collect();
+        queue.sort();
+        assert_eq!(queue, queued, "the line is who waits");
+        let receiving = volatile.receiving.iter().filter(|(_, r)| r.turn != Turn::Queued);
+        let receiving = receiving.map(|(task, r)| (*task, (r.conn, r.update.hash))).collect();
+        assert_eq!(*expected, receiving, "the shell receives what the machine waits for");
+        assert!(
+            volatile
+                .receiving
+                .iter()
+                .all(|(task, r)| { self.task_is_open(*task) && volatile.sessions.contains_key(&r.conn) })
+        );
     }
 
     /// The run as the tests' and the shell's manifests name it.

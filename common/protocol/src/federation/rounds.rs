@@ -18,8 +18,11 @@ use super::offers::folds;
 use super::state::{Phase, TaskState, Work};
 use super::{
     Act, Assignment, Deadline, Entry, Event, Federation, Gone, Notice, Pause, RoundFigures, SWEEP_EVERY, SurveyOutcome,
-    Withdrawal,
+    Timers, Withdrawal,
 };
+
+/// How often a task is told to its worker, each time on another connection, before its coming back counts for nothing.
+const ANNOUNCED_MAX: u32 = 8;
 
 /// The base of work that starts from no model.
 const NO_BASE: Hash = Hash([0; 32]);
@@ -101,6 +104,7 @@ impl Federation {
     /// Gives work of one kind to a share of the fleet.
     fn begin(&mut self, round: u32, kind: TaskKind, base: Hash, fraction: f64) {
         self.volatile.folded.clear();
+        self.volatile.announced.clear();
         self.volatile.work_began = self.volatile.now;
         self.volatile.timers.deadline = None;
         self.volatile.overdue = false;
@@ -110,10 +114,6 @@ impl Federation {
         for (conn, worker, name) in self.select(round, fraction) {
             let task = self.assign(round, kind, base, worker, name);
             self.announce(conn, task);
-        }
-        if let Some(length) = self.deadline_length() {
-            let at = self.volatile.now.after(length);
-            self.volatile.timers.deadline = Some(Deadline { at, length, for_absence: false });
         }
     }
 
@@ -162,6 +162,8 @@ impl Federation {
         if let Some(session) = self.volatile.sessions.get_mut(&conn) {
             (session.heard, session.steps, session.stepped) = (now, 0, now);
         }
+        let times = self.volatile.announced.entry(task).or_default();
+        *times = times.saturating_add(1);
         self.act_on_commit(Act::Assign { conn, assignment });
     }
 
@@ -306,7 +308,9 @@ impl Federation {
     pub(super) fn stepped(&mut self, round: u32, model: Hash, train_loss: Option<f64>) {
         match &self.durable.phase {
             Phase::Committing(work) if work.round == round => self.commit(model, train_loss),
-            Phase::Training(work) if work.round == round => self.volatile.trained = Some((model, train_loss)),
+            Phase::Training(work) if work.round == round && self.awaits_own_training() => {
+                self.volatile.trained = Some((model, train_loss));
+            }
             _ => {}
         }
     }
@@ -336,14 +340,14 @@ impl Federation {
     #[allow(clippy::cast_precision_loss)] // counts of rows stay far below 2^53
     fn figures(&self, work: &Work, model: Hash, train_loss: Option<f64>) -> RoundFigures {
         let held = work.held_by_name();
-        let examples: u64 = held.iter().map(|(_, _, update)| update.examples).sum();
+        let examples = held.iter().fold(0u64, |sum, (_, _, update)| sum.saturating_add(update.examples));
         let losses = held.iter().filter_map(|(_, _, u)| Some((u.metrics.train_loss?, u.examples as f64)));
         let (sum, weight) = losses.fold((0.0, 0.0), |(sum, all), (loss, n)| (sum + loss * n, all + n));
         RoundFigures {
             round: work.round,
             workers: u32::try_from(held.len()).unwrap_or(u32::MAX),
             examples,
-            train_loss: train_loss.or_else(|| (weight > 0.0).then(|| sum / weight)),
+            train_loss: train_loss.or_else(|| Some(sum / weight)).filter(|loss| loss.is_finite()),
             evaluation: evaluation_of(work),
             seconds: self.volatile.now.since(self.volatile.work_began).as_secs_f64(),
             model,
@@ -370,11 +374,9 @@ impl Federation {
         if matches!(self.durable.phase, Phase::Finished(_) | Phase::Aborted) {
             return;
         }
-        let spooled: Vec<TaskId> = self.volatile.receiving.keys().copied().collect();
-        for task in spooled {
-            self.stop_receiving(task);
-            self.act(Act::Forget { task });
-        }
+        self.stop_receiving_all();
+        self.volatile.merging = false;
+        self.volatile.timers = Timers::default();
         self.emit(Event::Aborted { sentence: sentence.clone() });
         let conns: Vec<ConnId> = self.volatile.sessions.keys().copied().collect();
         for conn in conns {
@@ -443,13 +445,14 @@ impl Federation {
         }
     }
 
-    fn resume(&mut self) {
+    pub(super) fn resume(&mut self) {
         if self.volatile.paused.take().is_some() {
             self.notice(Notice::Resumed);
         }
     }
 
-    /// Silence is looked for while tasks are open; somebody's absence from work without a deadline sets one.
+    /// While tasks are open, silence is looked for, and there is a deadline: the plan's or the rounds' own, else one
+    /// that somebody's absence sets.
     fn arm_timers(&mut self) {
         let now = self.volatile.now;
         if self.durable.phase.work().is_none_or(|work| work.open_count() == 0) {
@@ -460,16 +463,24 @@ impl Federation {
         if !core::mem::take(&mut self.volatile.fleet_changed) {
             return;
         }
-        let by_worker = &self.volatile.by_worker;
-        let absent = self.open_tasks().any(|(_, task)| !by_worker.contains_key(&task.worker));
+        let absent = self.open_tasks().any(|(id, task)| self.is_absent(id, task.worker));
         match self.volatile.timers.deadline {
-            None if absent && !self.volatile.overdue => {
-                let at = now.after(DEADLINE_MIN);
-                self.volatile.timers.deadline = Some(Deadline { at, length: DEADLINE_MIN, for_absence: true });
+            None if !self.volatile.overdue => {
+                let (own, absence) = (self.deadline_length(), absent.then_some(DEADLINE_MIN));
+                let deadline = |length| Deadline { at: now.after(length), length, for_absence: own.is_none() };
+                self.volatile.timers.deadline = own.or(absence).map(deadline);
             }
             Some(deadline) if deadline.for_absence && !absent => self.volatile.timers.deadline = None,
             _ => {}
         }
+    }
+
+    /// Whether a task is not being worked on, as far as anyone can tell: its worker is not in, or is in for the umpteenth
+    /// time. Who comes back only to die again must not hold a round up for ever.
+    fn is_absent(&self, task: TaskId, worker: WorkerId) -> bool {
+        let conn = self.volatile.by_worker.get(&worker);
+        let is_in = conn.and_then(|conn| self.volatile.sessions.get(conn)).is_some_and(|session| session.ready);
+        !is_in || self.volatile.announced.get(&task).is_some_and(|times| *times > ANNOUNCED_MAX)
     }
 }
 

@@ -269,7 +269,8 @@ impl Durable {
         self.phase = match core::mem::replace(&mut self.phase, Phase::Gathering) {
             Phase::Training(work) => Phase::Committing(work),
             Phase::Sharing(work) => {
-                self.rows = Some(work.held_by_name().iter().map(|(task, ..)| *task).collect());
+                let some = work.held_by_name().into_iter().filter(|(_, _, update)| update.bytes > 0);
+                self.rows = Some(some.map(|(task, ..)| task).collect());
                 Phase::Gathering
             }
             other => other,
