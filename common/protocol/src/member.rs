@@ -731,3 +731,56 @@ impl Durable {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn acts(member: &mut Member) -> Vec<Act> {
+        let outputs = core::iter::from_fn(|| match member.poll() {
+            Output::Wait(_) => None,
+            output => Some(output),
+        });
+        let acts = outputs.filter_map(|output| if let Output::Act { act, .. } = output { Some(act) } else { None });
+        acts.collect()
+    }
+
+    fn connect(member: &mut Member, now: Time, rounds: u32) {
+        let mut learning = LearningPlan::default();
+        learning.train.rounds = rounds;
+        let name = WorkerName::nearest("a");
+        let welcome =
+            Welcome { version: 1, run: RunId([1; 16]), ed25519: [0; 32], name, weight_max: 1, norm_max: 1.0, learning };
+        member.handle(now, Input::Connected);
+        member.handle(now, Input::Said(ToWorker::Welcome(Box::new(welcome))));
+    }
+
+    #[test]
+    fn a_verdict_about_an_earlier_plan_does_not_let_a_later_one_in() {
+        let mut member = Member::new(Instance(1));
+        connect(&mut member, Time(1), 1);
+        member.handle(Time(2), Input::Lost);
+        connect(&mut member, Time(3), 2);
+        let _ = acts(&mut member);
+        member.handle(Time(4), Input::Considered(Ok(())));
+        assert_eq!(acts(&mut member), []);
+        member.handle(Time(5), Input::Considered(Ok(())));
+        assert_eq!(acts(&mut member), [Act::Send(FromWorker::Ready)]);
+    }
+
+    #[test]
+    fn a_coordinator_that_ends_every_session_at_once_is_asked_more_and_more_rarely() {
+        let mut member = Member::new(Instance(1));
+        let mut now = Time(0);
+        for _ in 0..12 {
+            member.handle(now, Input::Tick);
+            connect(&mut member, now, 1);
+            member.handle(now, Input::Considered(Ok(())));
+            member.handle(now, Input::Lost);
+            let _ = acts(&mut member);
+            let Output::Wait(Some(at)) = member.poll() else { unreachable!("it waits for its next attempt") };
+            now = at;
+        }
+        assert!(now.since(Time(0)) > RECONNECT_AFTER_MAX);
+    }
+}

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+mod faults;
 mod fleet;
 
 use core::time::Duration;
@@ -10,7 +11,7 @@ use core::time::Duration;
 use fleet::{Fleet, secs};
 
 use super::*;
-use crate::limits::UPDATES_MAX;
+use crate::limits::{EXAMPLES_MAX, TASKS_OF_A_WORKER_MAX, UPDATES_MAX};
 use crate::member::{Ending, Notice as MemberNotice};
 use crate::messages::{Encoding, Failure, Manifest, Refusal, TaskKind};
 use crate::plan::{Durability, LearningPlan, Mode, Plan, RoundsSpec};
@@ -151,7 +152,7 @@ fn a_committed_update_offered_again_gets_its_receipt_again() {
 fn every_unfit_manifest_gets_its_typed_refusal_and_the_round_goes_on() {
     type Change = fn(&mut Manifest);
     type Expected = fn(&Refusal) -> bool;
-    let cases: [(Change, Expected); 10] = [
+    let cases: [(Change, Expected); 11] = [
         (|m| m.base = Hash([2; 32]), |r| *r == Refusal::WrongBase),
         (|m| m.layout = Hash([1; 32]), |r| *r == Refusal::WrongLayout),
         (|m| m.bytes += 4, |r| matches!(r, Refusal::WrongLength { .. })),
@@ -162,6 +163,7 @@ fn every_unfit_manifest_gets_its_typed_refusal_and_the_round_goes_on() {
         (|m| m.encoding = Encoding::Ring64, |r| *r == Refusal::WrongEncoding),
         (|m| m.groups = 2, |r| *r == Refusal::WrongEncoding),
         (|m| m.metrics.train_loss = Some(f64::NAN), |r| *r == Refusal::WrongMetrics),
+        (|m| m.examples = EXAMPLES_MAX + 1, |r| *r == Refusal::WrongMetrics),
     ];
     for (number, (change, expected)) in cases.into_iter().enumerate() {
         let mut fleet = Fleet::new(with(plan(3, 2), |p| p.rounds.quorum = 0.6), 3);
@@ -461,6 +463,138 @@ fn with_durability_update_a_payload_is_synced_before_it_is_held() {
     assert_eq!(fleet.workers[0].held, held);
     fleet.run_for(secs(2));
     assert_eq!(fleet.workers[0].held, held + 1);
+}
+
+#[test]
+fn with_durability_update_who_offers_again_is_not_told_earlier_that_it_is_held() {
+    let mut fleet = Fleet::new(with(plan(1, 1), |p| p.rounds.durability = Durability::Update), 1);
+    fleet.run_until(|fleet| fleet.stage() == Stage::Training);
+    fleet.sync_time = secs(3);
+    fleet.run_until(|fleet| fleet.facts(|e| matches!(e, Event::Held { .. })) == 2);
+    let held = fleet.workers[0].held;
+    fleet.offer_again(0, |_| ());
+    fleet.run_for(secs(2));
+    assert_eq!(fleet.workers[0].held, held);
+}
+
+#[test]
+fn a_survey_of_no_bytes_is_refused_and_not_held_without_a_payload() {
+    let mut fleet = Fleet::new(with(plan(2, 1), |p| p.rounds.quorum = 0.5), 2);
+    fleet.workers[0].train_time = secs(1);
+    fleet.run_until(|fleet| fleet.stage() == Stage::Surveying);
+    let (conn, task) = (fleet.workers[0].conn.unwrap(), fleet.open_task_of(0));
+    let manifest = fleet.survey_of_no_bytes(0, task);
+    fleet.inject(Input::Offered { conn, manifest: Box::new(manifest), authentic: true });
+    assert!(fleet.noticed(|n| matches!(n, Notice::Refused { refusal: Refusal::WrongLength { got: 0, .. }, .. })));
+    fleet.run_to_end();
+    assert_eq!(fleet.surveyed, 1);
+}
+
+#[test]
+fn a_stream_that_ends_early_on_a_living_connection_is_soon_sent_again() {
+    let mut fleet = Fleet::new(with(plan(2, 1), |p| p.rounds.quorum = 1.0), 2);
+    fleet.parameters = 100_000;
+    fleet.run_until(|fleet| fleet.stage() == Stage::Training);
+    fleet.upload_time = secs(2);
+    fleet.run_until(|fleet| fleet.status().permits_in_use == 2);
+    fleet.cut_a_stream();
+    fleet.run_until(|fleet| fleet.rounds() == 1);
+    assert!(fleet.now() < secs(10), "at {:?}", fleet.now());
+    assert!(fleet.workers.iter().all(|worker| worker.trained == 1));
+}
+
+#[test]
+fn a_worker_that_dies_again_and_again_does_not_hold_the_first_round_up_for_ever() {
+    let mut fleet = Fleet::new(with(plan(3, 1), |p| p.rounds.quorum = 0.6), 3);
+    fleet.run_until(|fleet| fleet.stage() == Stage::Training);
+    for _ in 0..30 {
+        fleet.workers[0].train_time = secs(3600);
+        fleet.run_for(secs(5));
+        fleet.kill(0);
+        fleet.revive(0);
+    }
+    assert_eq!(fleet.entries(1).len(), 2);
+}
+
+#[test]
+fn a_worker_refused_again_and_again_is_given_no_more_than_some_tasks() {
+    let mut fleet = Fleet::new(with(plan(2, 1), |p| p.rounds.quorum = 1.0), 2);
+    fleet.workers[0].tamper = Some(|manifest| manifest.weight = 0);
+    for _ in 0..20 {
+        fleet.run_for(secs(3));
+        fleet.cut(0);
+    }
+    let id = fleet.workers[0].id;
+    let given = |e: &Event| matches!(e, Event::Assigned { round: 1, worker, .. } if *worker == id);
+    assert_eq!(fleet.facts(given), TASKS_OF_A_WORKER_MAX);
+}
+
+#[test]
+fn a_worker_revoked_while_it_is_away_is_not_waited_for() {
+    let mut fleet = Fleet::new(with(plan(3, 1), |p| p.rounds.quorum = 0.6), 3);
+    fleet.run_until(|fleet| fleet.stage() == Stage::Training);
+    fleet.kill(0);
+    fleet.run_for(Duration::from_millis(5));
+    let worker = fleet.workers[0].id;
+    fleet.inject(Input::Revoked { worker });
+    fleet.run_to_end();
+    assert!(fleet.now() < secs(5), "at {:?}", fleet.now());
+}
+
+#[test]
+fn a_task_given_again_after_a_pause_has_a_deadline() {
+    let mut fleet = Fleet::new(
+        with(plan(3, 1), |p| {
+            p.rounds.deadline = Some(secs(20));
+            p.rounds.quorum = 0.6;
+        }),
+        3,
+    );
+    for worker in [0, 1] {
+        fleet.workers[worker].tamper = Some(|manifest| manifest.weight = 0);
+    }
+    fleet.run_for(secs(1));
+    assert!(fleet.status().paused.is_some(), "nobody is left to wait for");
+    fleet.workers[1].train_time = secs(3600);
+    for worker in [1, 0] {
+        fleet.workers[worker].tamper = None;
+        fleet.cut(worker);
+        fleet.run_for(secs(1));
+    }
+    fleet.run_for(secs(15));
+    assert_eq!((fleet.rounds(), fleet.status().paused), (0, None));
+    fleet.run_for(secs(10));
+    assert_eq!(fleet.entries(1).len(), 2);
+}
+
+#[test]
+fn who_joins_twice_on_one_connection_is_ejected() {
+    let mut fleet = Fleet::new(plan(2, 1), 2);
+    fleet.run_until(|fleet| fleet.stage() == Stage::Training);
+    let (conn, worker, name) = (fleet.workers[0].conn.unwrap(), fleet.workers[0].id, fleet.workers[0].name.clone());
+    fleet.inject(Input::Joined { conn, worker, name, weight_max: 1, instance: Instance(77) });
+    assert!(fleet.noticed(|n| matches!(n, Notice::Gone { why: Gone::Misbehaved(_), .. })));
+    assert_eq!(fleet.status().workers.len(), 1);
+    fleet.run_to_end();
+}
+
+#[test]
+fn a_process_that_comes_back_before_its_old_connection_ends_is_not_displaced() {
+    let mut fleet = Fleet::new(plan(2, 1), 2);
+    fleet.run_until(|fleet| fleet.stage() == Stage::Training);
+    let (worker, name) = (fleet.workers[0].id, fleet.workers[0].name.clone());
+    fleet.inject(Input::Joined { conn: ConnId(900), worker, name, weight_max: 1 << 20, instance: Instance(1) });
+    assert!(!fleet.said(|m| *m == ToWorker::Displaced));
+    assert!(!fleet.noticed(|n| matches!(n, Notice::Gone { why: Gone::Displaced, .. })));
+    fleet.run_to_end();
+}
+
+#[test]
+fn an_idle_session_of_a_day_ends_once_and_begins_anew() {
+    let mut fleet = Fleet::new(plan(2, 1), 1);
+    fleet.run_for(secs(25 * 3600));
+    assert_eq!(fleet.status().workers.len(), 1);
+    assert_eq!(fleet.facts(|e| matches!(e, Event::Notice(Notice::Gone { .. }))), 1);
 }
 
 #[test]

@@ -7,6 +7,8 @@ use core::cmp::Reverse;
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 
+use crate::draw::Draw;
+use crate::federation::state::{Durable, Phase};
 use crate::federation::{
     Act, Checkpoint, Entry, Event, EventNo, Federation, Frozen, Gate, Input, Notice, Output, Stage, Status,
     SurveyOutcome,
@@ -18,9 +20,9 @@ use crate::messages::{
     Assigned, ContentKey, ContentRef, Encoding, Failure, FromWorker, Leave, Manifest, Metrics, Receipt, Refusal,
     TaskKind, ToWorker, Welcome,
 };
-use crate::plan::Plan;
+use crate::plan::{Durability, Plan};
 
-pub(super) fn secs(seconds: u64) -> Duration {
+pub(super) const fn secs(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
@@ -32,6 +34,9 @@ enum Parcel {
     ToCoordinator(Box<Input>),
     ToMember(usize, u64, Box<member::Input>),
     Payload(ConnId, TaskId, Hash),
+    /// A payload's stream came to its end: whole, or cut.
+    Received(u64, TaskId, bool),
+    Fold(u64, TaskId),
     Synced(u64, u64),
     TickCoordinator(u64),
     TickMember(usize, u64),
@@ -63,9 +68,25 @@ pub(super) struct Worker {
     pub(super) ending: Option<Ending>,
     notices: Vec<member::Notice>,
     steps: u64,
+    /// Nothing overtakes on its way to a worker.
+    lane: Time,
+    /// What came while it was frozen.
+    stalled: Vec<member::Input>,
+}
+
+/// A payload that the machine waits for. What is replaced or forgotten is never reported, by its ticket.
+struct Expected {
+    conn: ConnId,
+    hash: Hash,
+    ticket: u64,
+    coming: bool,
 }
 
 impl Worker {
+    pub(super) fn is_alive(&self) -> bool {
+        self.alive
+    }
+
     pub(super) fn noticed(&self, wanted: impl Fn(&member::Notice) -> bool) -> bool {
         self.notices.iter().any(wanted)
     }
@@ -93,11 +114,16 @@ pub(super) struct Fleet {
     messages: Vec<ToWorker>,
     connections: u64,
     conns: BTreeMap<ConnId, usize>,
-    wanted: BTreeMap<TaskId, (ConnId, Hash)>,
+    wanted: BTreeMap<TaskId, Expected>,
     arrived: BTreeSet<(ConnId, TaskId, Hash)>,
     /// The open round's sum: what was folded.
     sum: BTreeMap<TaskId, Hash>,
     held: BTreeMap<TaskId, Hash>,
+    /// Draws delays, where a test wants them.
+    pub(super) jitter: Option<Draw>,
+    /// Nothing overtakes on a connection.
+    lanes: BTreeMap<ConnId, Time>,
+    oracle: Oracle,
     pub(super) workers: Vec<Worker>,
     pub(super) step_time: Duration,
     pub(super) sync_time: Duration,
@@ -142,6 +168,9 @@ impl Fleet {
             arrived: BTreeSet::new(),
             sum: BTreeMap::new(),
             held: BTreeMap::new(),
+            jitter: None,
+            lanes: BTreeMap::new(),
+            oracle: Oracle::default(),
             workers: Vec::new(),
             step_time: Duration::from_millis(2),
             sync_time: Duration::from_millis(3),
@@ -207,6 +236,8 @@ impl Fleet {
             ending: None,
             notices: Vec::new(),
             steps: 0,
+            lane: Time(0),
+            stalled: Vec::new(),
         });
         self.tell_member(number, member::Input::Tick);
         number
@@ -216,6 +247,8 @@ impl Fleet {
         self.workers[worker].alive = false;
         self.workers[worker].life += 1;
         self.workers[worker].uploading = false;
+        self.workers[worker].stalled.clear();
+        self.workers[worker].frozen = false;
         self.disconnect(worker);
     }
 
@@ -238,11 +271,38 @@ impl Fleet {
         self.workers[worker].frozen = true;
     }
 
+    /// It goes on, with what came meanwhile.
+    pub(super) fn thaw(&mut self, worker: usize) {
+        self.workers[worker].frozen = false;
+        for input in core::mem::take(&mut self.workers[worker].stalled) {
+            self.member_input(worker, self.workers[worker].life, input);
+        }
+        self.tell_member(worker, member::Input::Tick);
+    }
+
+    pub(super) fn has_coordinator(&self) -> bool {
+        self.federation.is_some()
+    }
+
+    /// The owner stops the worker.
+    pub(super) fn stop_worker(&mut self, worker: usize) {
+        self.tell_member(worker, member::Input::Stop);
+    }
+
+    /// The stream of some payload that is on its way ends early, its connection not.
+    pub(super) fn cut_a_stream(&mut self) {
+        let coming = self.wanted.iter().find(|(_, expected)| !expected.coming);
+        if let Some((task, ticket)) = coming.map(|(task, expected)| (*task, expected.ticket)) {
+            self.wanted.get_mut(&task).unwrap().coming = true;
+            self.reply(HOP, Parcel::Received(ticket, task, false));
+        }
+    }
+
     fn disconnect(&mut self, worker: usize) {
         if let Some(conn) = self.workers[worker].conn.take() {
             self.conns.remove(&conn);
             self.arrived.retain(|(from, ..)| *from != conn);
-            self.send_after(HOP, Parcel::ToCoordinator(Box::new(Input::Gone { conn })));
+            self.tell_coordinator(conn, Input::Gone { conn });
         }
     }
 
@@ -253,13 +313,12 @@ impl Fleet {
         self.unsynced.clear();
         self.syncing = false;
         (self.wanted, self.arrived, self.sum, self.held) = Default::default();
-        self.bodies.retain(|_, parcel| !matches!(parcel, Parcel::ToCoordinator(_) | Parcel::Payload(..)));
+        self.bodies.retain(|_, parcel| {
+            !matches!(parcel, Parcel::ToCoordinator(_) | Parcel::Payload(..) | Parcel::Received(..))
+        });
         for worker in 0..self.workers.len() {
             if self.workers[worker].conn.take().is_some() {
-                self.send_after(
-                    HOP,
-                    Parcel::ToMember(worker, self.workers[worker].life, Box::new(member::Input::Lost)),
-                );
+                self.tell_member(worker, member::Input::Lost);
             }
         }
         self.conns.clear();
@@ -270,6 +329,7 @@ impl Fleet {
         self.life += 1;
         self.journal.clear();
         (self.appended, self.synced) = (0, 0);
+        self.oracle.start(self.start, &self.disk);
         self.federation = Some(Federation::new(self.plan.clone(), self.disk.clone(), self.start));
         if let Some(evaluation) = self.disk.finished {
             self.finished = Some(evaluation);
@@ -279,9 +339,23 @@ impl Fleet {
 
     pub(super) fn inject(&mut self, input: Input) {
         if let Some(federation) = &mut self.federation {
+            let ticked = input == Input::Tick;
             federation.handle(self.now, input);
-            self.drain();
+            let wait = self.drain();
+            assert!(!ticked || wait.is_none_or(|at| at > self.now), "a timer that fires for ever");
+            self.check();
         }
+    }
+
+    /// What holds after every input.
+    fn check(&self) {
+        // What costs as much as the fleet is large is checked in small ones.
+        let Some(federation) = self.federation.as_ref().filter(|_| self.workers.len() < 32) else { return };
+        assert_eq!(self.oracle.replayed.as_ref(), Some(&federation.durable), "replay equals live");
+        let expected = self.wanted.iter().map(|(task, expected)| (*task, (expected.conn, expected.hash))).collect();
+        federation.check_receiving(&expected);
+        let work = federation.durable.phase.work();
+        assert!(work.is_none_or(|work| work.tasks.len() <= work.selected() * 8), "tasks grow without bound");
     }
 
     /// The worker's last manifest once more, changed.
@@ -295,6 +369,26 @@ impl Fleet {
         change(&mut manifest);
         let conn = self.workers[worker].conn.unwrap();
         self.inject(Input::Offered { conn, manifest: Box::new(manifest), authentic: true });
+    }
+
+    /// What no honest worker offers: a survey that is empty.
+    pub(super) fn survey_of_no_bytes(&self, worker: usize, task: TaskId) -> Manifest {
+        Manifest {
+            run: RUN,
+            worker: self.workers[worker].id,
+            task,
+            kind: TaskKind::Survey,
+            base: Hash([0; 32]),
+            layout: Hash([0; 32]),
+            groups: 1,
+            encoding: Encoding::F32,
+            bytes: 0,
+            hash: Hash::of(&[]),
+            examples: 1,
+            steps: 0,
+            weight: 0,
+            metrics: Metrics::default(),
+        }
     }
 
     // --- what a test looks at ---
@@ -398,9 +492,23 @@ impl Fleet {
         self.bodies.insert(self.sequence, parcel);
     }
 
+    /// On its way to a worker, behind all that is on its way to it already.
     fn tell_member(&mut self, worker: usize, input: member::Input) {
+        let at = self.now.after(self.hop()).max(self.workers[worker].lane);
         let life = self.workers[worker].life;
-        self.send_after(HOP, Parcel::ToMember(worker, life, Box::new(input)));
+        self.workers[worker].lane = at;
+        self.send_after(at.since(self.now), Parcel::ToMember(worker, life, Box::new(input)));
+    }
+
+    /// On its way to the coordinator, behind all that is on its way on the same connection already.
+    fn tell_coordinator(&mut self, conn: ConnId, input: Input) {
+        let at = self.now.after(self.hop()).max(self.lanes.get(&conn).copied().unwrap_or_default());
+        self.lanes.insert(conn, at);
+        self.send_after(at.since(self.now), Parcel::ToCoordinator(Box::new(input)));
+    }
+
+    fn hop(&mut self) -> Duration {
+        self.jitter.as_mut().map_or(HOP, |draw| Duration::from_micros(200 + draw.below(12_000)))
     }
 
     fn deliver_next(&mut self) {
@@ -416,6 +524,13 @@ impl Fleet {
                     self.match_payload(task);
                 }
             }
+            Parcel::Received(ticket, task, whole) => self.received(ticket, task, whole),
+            Parcel::Fold(life, task) if life == self.life => {
+                self.folds += 1;
+                assert!(self.sum.insert(task, self.held[&task]).is_none(), "folded twice");
+                self.learned(Duration::ZERO, Input::Folded { task });
+            }
+            Parcel::Fold(..) => {}
             Parcel::Synced(life, number) => self.sync_done(life, number),
             Parcel::TickCoordinator(life) if life == self.life => self.inject(Input::Tick),
             Parcel::TickMember(worker, life) => self.member_input(worker, life, member::Input::Tick),
@@ -425,7 +540,8 @@ impl Fleet {
 
     // --- the coordinator's shell ---
 
-    fn drain(&mut self) {
+    fn drain(&mut self) -> Option<Time> {
+        let mut wait = None;
         while let Some(federation) = &mut self.federation {
             match federation.poll() {
                 Output::Append(event) => {
@@ -434,6 +550,7 @@ impl Fleet {
                         let checkpoint = federation.checkpoint();
                         self.unsynced.push_back((EventNo(self.appended), checkpoint));
                     }
+                    self.oracle.saw(&event, EventNo(self.appended));
                     self.journal.push(event.clone());
                     self.events.push(event);
                 }
@@ -443,11 +560,13 @@ impl Fleet {
                         let delay = at.since(self.now);
                         self.send_after(delay, Parcel::TickCoordinator(self.life));
                     }
+                    wait = at;
                     break;
                 }
             }
         }
         self.release();
+        wait
     }
 
     /// Releases the acts whose gate is open, in order, and syncs for the rest.
@@ -477,15 +596,24 @@ impl Fleet {
         self.synced = number;
         while self.unsynced.front().is_some_and(|(no, _)| no.0 <= number) {
             self.disk = self.unsynced.pop_front().unwrap().1;
+            self.oracle.durable(&self.disk);
         }
         self.release();
     }
 
-    fn reply(&mut self, delay: Duration, input: Input) {
-        self.send_after(delay, Parcel::ToCoordinator(Box::new(input)));
+    fn reply(&mut self, delay: Duration, parcel: Parcel) {
+        let jitter = self.hop().saturating_sub(HOP);
+        self.send_after(delay + jitter, parcel);
+    }
+
+    fn learned(&mut self, delay: Duration, input: Input) {
+        self.reply(delay, Parcel::ToCoordinator(Box::new(input)));
     }
 
     fn say(&mut self, conn: ConnId, message: ToWorker) {
+        if let (ToWorker::Held { task, .. }, Durability::Update) = (&message, self.plan.rounds.durability) {
+            assert!(self.oracle.held[task].0 <= self.synced, "held, said before it is durable");
+        }
         self.messages.push(message.clone());
         if let Some(&worker) = self.conns.get(&conn) {
             self.tell_member(worker, member::Input::Said(message));
@@ -496,6 +624,8 @@ impl Fleet {
         match act {
             Act::Welcome { conn } => self.welcome(conn),
             Act::Assign { conn, assignment } => {
+                let base = assignment.model;
+                assert!(base.is_none() || base == self.disk.model, "a model is announced before its commit");
                 let content = |hash| ContentRef { id: ContentId([0; 16]), key: ContentKey([0; 32]), hash, bytes: 0 };
                 let assigned = Assigned {
                     task: assignment.task,
@@ -511,29 +641,35 @@ impl Fleet {
             Act::Send { conn, message } => self.say(conn, message),
             Act::Receipt { conn, receipt } => {
                 self.receipts_said += 1;
+                check_receipt(&self.disk, &receipt);
                 if let Some(&worker) = self.conns.get(&conn) {
                     self.tell_member(worker, member::Input::Receipted(receipt));
                 }
             }
             Act::Receive { conn, task, hash, .. } => {
-                self.wanted.insert(task, (conn, hash));
+                self.connections += 1;
+                let expected = Expected { conn, hash, ticket: self.connections, coming: false };
+                self.wanted.insert(task, expected);
                 self.match_payload(task);
             }
             Act::Forget { task } => {
                 self.wanted.remove(&task);
+                self.held.remove(&task);
             }
             Act::Fold { task, .. } => {
-                self.folds += 1;
-                let hash = self.held[&task];
-                assert!(self.sum.insert(task, hash).is_none(), "folded twice");
-                self.reply(HOP, Input::Folded { task });
+                let hop = self.hop();
+                self.send_after(hop, Parcel::Fold(self.life, task));
             }
-            Act::Merge { surveys } => self.merge(surveys.len()),
+            Act::Merge { surveys } => {
+                assert!(surveys.iter().all(|(task, ..)| self.held.contains_key(task)), "a survey without a payload");
+                self.merge(surveys.len());
+            }
             Act::Step { round, tasks } => self.step(round, &tasks),
-            Act::Train { round, .. } => {
+            Act::Train { round, rows } => {
+                assert!(rows.iter().all(|task| self.held.contains_key(task)), "rows without a payload");
                 let base = self.model();
                 let model = Hash::of(&[base.0.as_slice(), b"central"].concat());
-                self.reply(self.step_time, Input::Stepped { round, model, train_loss: Some(0.5) });
+                self.learned(self.step_time, Input::Stepped { round, model, train_loss: Some(0.5) });
             }
             Act::Close { conn, .. } => {
                 if let Some(worker) = self.conns.remove(&conn) {
@@ -581,7 +717,7 @@ impl Fleet {
             let sentence = "column \"x\" is missing".to_owned();
             SurveyOutcome::Unfit(unfit.into_iter().map(|w| (self.workers[w].id, sentence.clone())).collect())
         };
-        self.reply(HOP, Input::Surveyed(outcome));
+        self.learned(HOP, Input::Surveyed(outcome));
     }
 
     fn step(&mut self, round: u32, tasks: &[TaskId]) {
@@ -590,33 +726,48 @@ impl Fleet {
         let hashes: BTreeSet<Hash> = sum.into_values().collect();
         let mut bytes = self.model().0.to_vec();
         bytes.extend(hashes.iter().flat_map(|hash| hash.0));
-        self.reply(self.step_time, Input::Stepped { round, model: Hash::of(&bytes), train_loss: None });
+        self.learned(self.step_time, Input::Stepped { round, model: Hash::of(&bytes), train_loss: None });
     }
 
     /// A payload is verified once it was asked for and is there.
     fn match_payload(&mut self, task: TaskId) {
-        let Some(&(conn, hash)) = self.wanted.get(&task) else { return };
-        if !self.arrived.remove(&(conn, task, hash)) {
-            return;
+        let Some(expected) = self.wanted.get_mut(&task).filter(|expected| !expected.coming) else { return };
+        if self.arrived.remove(&(expected.conn, task, expected.hash)) {
+            expected.coming = true;
+            let ticket = expected.ticket;
+            self.reply(HOP, Parcel::Received(ticket, task, true));
         }
+    }
+
+    fn received(&mut self, ticket: u64, task: TaskId, whole: bool) {
+        let Some(Expected { conn, hash, .. }) = self.wanted.get(&task).filter(|e| e.ticket == ticket) else { return };
+        let (conn, hash) = (*conn, *hash);
         self.wanted.remove(&task);
+        if !whole {
+            return self.inject(Input::Cut { task, hash });
+        }
         self.held.insert(task, hash);
-        let worker = self.conns[&conn];
-        self.workers[worker].uploading = false;
-        let input = match self.workers[worker].spoil {
+        let spoil = self.conns.get(&conn).and_then(|&worker| {
+            self.workers[worker].uploading = false;
+            self.workers[worker].spoil
+        });
+        self.inject(match spoil {
             Some(refusal) => Input::Spoiled { task, hash, refusal },
             None => Input::Verified { task, hash, norm: 1.0 },
-        };
-        self.reply(HOP, input);
+        });
     }
 
     // --- a worker's shell ---
 
     fn member_input(&mut self, worker: usize, life: u64, input: member::Input) {
         let w = &mut self.workers[worker];
-        if !w.alive || w.frozen || w.life != life || w.ending.is_some() {
+        if !w.alive || w.life != life || w.ending.is_some() {
             return;
         }
+        if w.frozen {
+            return w.stalled.push(input);
+        }
+        let ticked = input == member::Input::Tick;
         match &input {
             member::Input::Said(ToWorker::Held { task, .. }) if w.manifests.iter().any(|m| m.task == *task) => {
                 w.held += 1
@@ -631,6 +782,7 @@ impl Fleet {
                 Output::Append(_) => {}
                 Output::Act { act, .. } => self.member_act(worker, act),
                 Output::Wait(at) => {
+                    assert!(!ticked || at.is_none_or(|at| at > self.now), "a timer that fires for ever");
                     if let Some(at) = at {
                         let delay = at.since(self.now);
                         self.send_after(delay, Parcel::TickMember(worker, life));
@@ -690,7 +842,7 @@ impl Fleet {
             }
             message => Input::Said { conn, message },
         };
-        self.reply(HOP, input);
+        self.tell_coordinator(conn, input);
     }
 
     fn work(&mut self, worker: usize, assigned: &Assigned) {
@@ -746,7 +898,7 @@ impl Fleet {
             weight: made.weight,
             metrics: made.metrics.clone(),
         };
-        let update = key.kind == TaskKind::Update;
+        let update = matches!(key.kind, TaskKind::Update | TaskKind::Gradient);
         if let Some(tamper) = w.tamper.filter(|_| update) {
             tamper(&mut manifest);
         }
@@ -755,7 +907,7 @@ impl Fleet {
         }
         let authentic = !(w.forged && update);
         let at_once = manifest.bytes <= PAYLOAD_AT_ONCE_BYTES_MAX && manifest.bytes > 0;
-        self.reply(HOP, Input::Offered { conn, manifest: Box::new(manifest), authentic });
+        self.tell_coordinator(conn, Input::Offered { conn, manifest: Box::new(manifest), authentic });
         if at_once {
             self.upload(worker, task, made.hash);
         }
@@ -764,7 +916,65 @@ impl Fleet {
     fn upload(&mut self, worker: usize, task: TaskId, hash: Hash) {
         self.workers[worker].uploading = true;
         if let Some(conn) = self.workers[worker].conn {
-            self.send_after(self.upload_time, Parcel::Payload(conn, task, hash));
+            self.reply(self.upload_time, Parcel::Payload(conn, task, hash));
         }
     }
+}
+
+/// What must hold over the whole of a run, deaths included.
+#[derive(Default)]
+struct Oracle {
+    /// The state as the facts of this start alone make it.
+    replayed: Option<Durable>,
+    /// Of each round whose commit became durable, the model.
+    models: Vec<Hash>,
+    held: BTreeMap<TaskId, EventNo>,
+    withdrawn: BTreeSet<TaskId>,
+}
+
+impl Oracle {
+    fn start(&mut self, start: u32, disk: &Checkpoint) {
+        self.replayed = Some(Durable::new(start, disk.clone()));
+    }
+
+    fn saw(&mut self, event: &Event, number: EventNo) {
+        let replayed = self.replayed.as_mut().unwrap();
+        match event {
+            Event::Held { task, .. } => {
+                assert!(self.held.insert(*task, number).is_none(), "{task} is held twice");
+                assert!(!self.withdrawn.contains(task), "{task} was withdrawn and is held");
+            }
+            Event::Withdrawn { task, .. } => {
+                assert!(!self.held.contains_key(task), "{task} was held and is withdrawn");
+                self.withdrawn.insert(*task);
+            }
+            Event::Committed { entries, .. } => {
+                assert!(entries.iter().all(|entry| self.held.contains_key(&entry.task)));
+                assert!(entries.iter().all(|entry| !replayed.committed.contains_key(&entry.task)), "counts twice");
+                let workers: BTreeSet<WorkerId> = entries.iter().map(|entry| entry.worker).collect();
+                assert_eq!(workers.len(), entries.len(), "a worker counts twice");
+            }
+            _ => {}
+        }
+        let over = matches!(replayed.phase, Phase::Finished(_) | Phase::Aborted);
+        assert!(!over || !event.is_fact(), "{event:?} after the end");
+        if event.is_fact() {
+            replayed.apply(event);
+        }
+    }
+
+    fn durable(&mut self, disk: &Checkpoint) {
+        let models: Vec<Hash> = disk.rounds.iter().map(|round| round.model).collect();
+        assert!(models.starts_with(&self.models), "a durable round has another model now");
+        self.models = models;
+    }
+}
+
+/// A receipt's update is durable, in one round, once.
+fn check_receipt(disk: &Checkpoint, receipt: &Receipt) {
+    let round = &disk.rounds[receipt.round as usize - 1];
+    let entry = Entry { task: receipt.task, worker: receipt.worker, hash: receipt.hash };
+    assert!(round.entries.contains(&entry) && round.model == receipt.model_hash, "{receipt:?} is not durable");
+    let all = disk.rounds.iter().flat_map(|round| &round.entries);
+    assert_eq!(all.filter(|e| e.task == receipt.task || **e == entry).count(), 1, "{receipt:?} counts twice");
 }
