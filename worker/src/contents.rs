@@ -4,7 +4,7 @@
 //! other. One schema and one model are kept, the ones that were asked for last: the coordinator does not stream again
 //! what this connection has had, and a round that is extended starts from the same model.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use protocol::ids::{ContentId, Hash};
@@ -14,6 +14,9 @@ use crate::transfer::ContentKind;
 
 /// Streams that wait for their key: as many as the coordinator may have open (`transport::limits::UNI_STREAMS_MAX`).
 const STREAMS_WAITING_MAX: usize = 8;
+
+/// Contents of which it is remembered that they are not needed: a few tasks' worth.
+const UNNEEDED_MAX: usize = 16;
 
 /// A stream and what it must hold: to be downloaded now.
 #[derive(Debug)]
@@ -39,23 +42,33 @@ pub(crate) struct Contents<S> {
     expected: BTreeMap<ContentId, (ContentRef, ContentKind, bool)>,
     /// Here, not named by the session yet.
     arrived: BTreeMap<ContentId, S>,
+    /// Named by the session and not needed, the oldest first: their streams are dropped, which stops them. One that nobody
+    /// read would hold its share of the connection's window for ever.
+    unneeded: VecDeque<ContentId>,
 }
 
 impl<S> Contents<S> {
     pub(crate) fn new() -> Self {
-        Self { schema: None, model: None, expected: BTreeMap::new(), arrived: BTreeMap::new() }
+        Self {
+            schema: None,
+            model: None,
+            expected: BTreeMap::new(),
+            arrived: BTreeMap::new(),
+            unneeded: VecDeque::new(),
+        }
     }
 
     /// Expects what `assigned` names and is not here; gives out the streams of it that came before.
     pub(crate) fn expect(&mut self, assigned: &Assigned) -> Vec<Due<S>> {
         let named = named(assigned);
-        self.expected.retain(|id, (_, _, reading)| *reading || named.iter().any(|(content, _)| content.id == *id));
+        // What an earlier task wanted may still come, and is not kept then: it would take the place of what is wanted.
+        self.expected.retain(|id, _| named.iter().any(|(content, _)| content.id == *id));
         let mut due = Vec::new();
         for (content, kind) in named {
             if self.has(&content.hash, kind) {
-                // Sent once more, after a reconnect: not needed, and the stream is stopped by dropping it.
-                self.arrived.remove(&content.id);
-            } else if !self.expected.get(&content.id).is_some_and(|(_, _, reading)| *reading) {
+                continue;
+            }
+            if !self.expected.get(&content.id).is_some_and(|(_, _, reading)| *reading) {
                 let stream = self.arrived.remove(&content.id);
                 self.expected.insert(content.id, (content.clone(), kind, stream.is_some()));
                 due.extend(stream.map(|stream| Due { stream, content, kind }));
@@ -64,12 +77,28 @@ impl<S> Contents<S> {
         due
     }
 
+    /// Drops the streams of what `assigned` names and nobody expects: it is here already, or the task needs no work.
+    pub(crate) fn settle(&mut self, assigned: &Assigned) {
+        for (content, _) in named(assigned) {
+            if !self.expected.contains_key(&content.id) && self.arrived.remove(&content.id).is_none() {
+                if self.unneeded.len() == UNNEEDED_MAX {
+                    self.unneeded.pop_front();
+                }
+                self.unneeded.push_back(content.id);
+            }
+        }
+    }
+
     /// Takes in a stream; gives it out again if it can be read now.
     pub(crate) fn arrived(&mut self, id: ContentId, stream: S) -> Option<Due<S>> {
         if let Some((content, kind, reading)) = self.expected.get_mut(&id) {
             // A second stream of the same content is not needed.
             let first = !std::mem::replace(reading, true);
             return first.then(|| Due { stream, content: content.clone(), kind: *kind });
+        }
+        if let Some(at) = self.unneeded.iter().position(|unneeded| *unneeded == id) {
+            self.unneeded.remove(at);
+            return None;
         }
         while self.arrived.len() >= STREAMS_WAITING_MAX {
             self.arrived.pop_first();
@@ -107,6 +136,7 @@ impl<S> Contents<S> {
     pub(crate) fn disconnected(&mut self) {
         self.expected.clear();
         self.arrived.clear();
+        self.unneeded.clear();
     }
 
     fn has(&self, hash: &Hash, kind: ContentKind) -> bool {
@@ -179,6 +209,34 @@ mod tests {
         assert!(contents.expect(&update(1, 2)).is_empty());
         assert!(contents.needs(&update(1, 2)).is_some());
         assert!(contents.needs(&update(1, 3)).is_none());
+    }
+
+    #[test]
+    fn streams_of_what_is_here_are_dropped_whenever_they_come() {
+        let mut contents = Contents::new();
+        contents.model = Some((Hash([2; 32]), Bytes::new()));
+        contents.schema = Some((Hash([1; 32]), Bytes::new()));
+        contents.arrived(ContentId([2; 16]), "before");
+        assert!(contents.expect(&update(1, 2)).is_empty());
+        contents.settle(&update(1, 2));
+        assert!(contents.arrived.is_empty());
+        assert!(contents.arrived(ContentId([1; 16]), "after").is_none());
+        assert!(contents.arrived.is_empty());
+        assert!(contents.unneeded.is_empty());
+    }
+
+    #[test]
+    fn a_model_that_comes_after_its_successor_does_not_replace_it() {
+        let mut contents = Contents::new();
+        contents.expect(&update(1, 2));
+        let stale = contents.arrived(ContentId([2; 16]), "slow").unwrap();
+        contents.expect(&update(1, 3));
+        for n in [1, 3] {
+            let due = contents.arrived(ContentId([n; 16]), "fast").unwrap();
+            fetch(&mut contents, &due);
+        }
+        fetch(&mut contents, &stale);
+        assert!(contents.needs(&update(1, 3)).is_some());
     }
 
     #[test]

@@ -34,9 +34,9 @@ use crate::error::WorkerError;
 use crate::link::{FromLink, Link, LinkEnd, LinkError};
 use crate::options::{Hooks, Options};
 use crate::receipts::{self, ReceiptLog};
-use crate::report::{Line, Report};
+use crate::report::{Line, Report, printable};
 use crate::state::{Keys, State};
-use crate::trainer::{FromTrainer, Job, RowCounts, Trainer};
+use crate::trainer::{Bounds, FromTrainer, Job, Order, RowCounts, Trainer};
 use crate::transfer::{self, ContentKind, TransferError};
 
 /// What is reported to the loop and not taken in yet: a few messages of each task.
@@ -150,6 +150,8 @@ struct Shell {
     trainer: Trainer,
     contents: Contents<RecvStream>,
     work: Work,
+    /// A task that was just named: the machine may want no work for it.
+    assigned: Option<Box<Assigned>>,
     /// What was made and has no receipt yet, by its hash.
     payloads: BTreeMap<Hash, Bytes>,
     /// The task for which one was offered last.
@@ -198,6 +200,7 @@ impl Shell {
             trainer: Trainer::start(options, table, say).map_err(WorkerError::Runtime)?,
             contents: Contents::new(),
             work: Work::None,
+            assigned: None,
             payloads: BTreeMap::new(),
             offered: None,
             receipt_directory: state.receipts(),
@@ -214,6 +217,9 @@ impl Shell {
                 Next::Wait(wait) => wait,
                 Next::Exit(ending) => return self.exit(ending).await,
             };
+            if let Some(assigned) = self.assigned.take() {
+                self.contents.settle(&assigned);
+            }
             let happening = tokio::select! {
                 biased;
                 () = &mut shutdown, if !stopping => Happening::Stop,
@@ -318,9 +324,10 @@ impl Shell {
 
     fn begin_if_whole(&mut self) {
         let Work::Waiting(assigned) = &self.work else { return };
-        let Some(needs) = self.contents.needs(assigned) else { return };
+        let (Some(needs), Some(welcome)) = (self.contents.needs(assigned), &self.welcome) else { return };
+        let bounds = Bounds { weight_max: welcome.weight_max, norm_max: welcome.norm_max };
         let job = Arc::new(Job::default());
-        self.trainer.work(assigned.clone(), needs, Arc::clone(&job));
+        self.trainer.work(Order { assigned: assigned.clone(), needs, bounds, job: Arc::clone(&job) });
         self.work = Work::Going(assigned.task, job);
     }
 
@@ -437,6 +444,7 @@ impl Shell {
                 self.receipts = Some(ReceiptLog::open(&self.receipt_directory, welcome.run)?);
                 self.welcome = Some(welcome.clone());
             }
+            ToWorker::Assigned(assigned) => self.assigned = Some(assigned.clone()),
             ToWorker::Receipt(signed) => self.receipted(signed)?,
             ToWorker::Refused { task, refusal } => {
                 self.report.say(&Line::Refused { task: *task, reason: refusal.to_string() });

@@ -76,15 +76,31 @@ pub(crate) enum FromTrainer {
     Died,
 }
 
-enum Order {
+/// A task to be done.
+#[derive(Debug)]
+pub(crate) struct Order {
+    pub(crate) assigned: Box<Assigned>,
+    pub(crate) needs: Needs,
+    pub(crate) bounds: Bounds,
+    pub(crate) job: Arc<Job>,
+}
+
+/// What an update must keep to, as the session's `Welcome` says.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Bounds {
+    pub(crate) weight_max: u32,
+    pub(crate) norm_max: f64,
+}
+
+enum Errand {
     Consider(Box<Welcome>),
-    Work { assigned: Box<Assigned>, needs: Needs, job: Arc<Job> },
+    Work(Order),
 }
 
 /// A handle to the thread. When it is dropped, the thread ends after what it is doing.
 #[derive(Debug)]
 pub(crate) struct Trainer {
-    orders: mpsc::Sender<Order>,
+    errands: mpsc::Sender<Errand>,
     last: Option<Arc<Job>>,
 }
 
@@ -95,7 +111,7 @@ impl Trainer {
         table: Table,
         say: impl Fn(FromTrainer) + Send + 'static,
     ) -> io::Result<Self> {
-        let (orders, queue) = mpsc::channel();
+        let (errands, queue) = mpsc::channel();
         let desk = Desk {
             path: options.data,
             own_label: options.label,
@@ -105,22 +121,21 @@ impl Trainer {
             read: None,
             encoded: None,
             told: Vec::new(),
-            say: Box::new(say),
         };
-        thread::Builder::new().name("training".to_owned()).spawn(move || desk.run(&queue))?;
-        Ok(Self { orders, last: None })
+        thread::Builder::new().name("training".to_owned()).spawn(move || desk.run(&queue, &say))?;
+        Ok(Self { errands, last: None })
     }
 
     /// Reads the plan against the data.
     pub(crate) fn consider(&self, welcome: Box<Welcome>) {
         // A thread that is gone has said so.
-        let _ = self.orders.send(Order::Consider(welcome));
+        let _ = self.errands.send(Errand::Consider(welcome));
     }
 
     /// Does a task.
-    pub(crate) fn work(&mut self, assigned: Box<Assigned>, needs: Needs, job: Arc<Job>) {
-        self.last = Some(Arc::clone(&job));
-        let _ = self.orders.send(Order::Work { assigned, needs, job });
+    pub(crate) fn work(&mut self, order: Order) {
+        self.last = Some(Arc::clone(&order.job));
+        let _ = self.errands.send(Errand::Work(order));
     }
 }
 
@@ -145,7 +160,6 @@ struct Desk {
     encoded: Option<Encoded>,
     /// Notes are told once.
     told: Vec<Note>,
-    say: Box<dyn Fn(FromTrainer) + Send>,
 }
 
 /// The rows as a schema encodes them, and the model that the plan has for them.
@@ -187,17 +201,16 @@ impl From<DataError> for Undone {
 }
 
 impl Desk {
-    fn run(mut self, queue: &mpsc::Receiver<Order>) {
-        let say = std::mem::replace(&mut self.say, Box::new(|_| ()));
-        let _last_words = LastWords(&*say);
-        while let Ok(order) = queue.recv() {
-            match order {
-                Order::Consider(welcome) => {
+    fn run(mut self, queue: &mpsc::Receiver<Errand>, say: &dyn Fn(FromTrainer)) {
+        let _last_words = LastWords(say);
+        while let Ok(errand) = queue.recv() {
+            match errand {
+                Errand::Consider(welcome) => {
                     let verdict = self.consider(welcome);
-                    self.tell_notes(&*say);
+                    self.tell_notes(say);
                     say(FromTrainer::Considered(verdict));
                 }
-                Order::Work { assigned, needs, job } => self.work(&assigned, &needs, &job, &*say),
+                Errand::Work(order) => self.work(&order, say),
             }
         }
     }
@@ -240,10 +253,10 @@ impl Desk {
 
     // --- a task ---
 
-    fn work(&mut self, assigned: &Assigned, needs: &Needs, job: &Job, say: &dyn Fn(FromTrainer)) {
+    fn work(&mut self, order: &Order, say: &dyn Fn(FromTrainer)) {
         let began = Instant::now();
-        let task = assigned.task;
-        let done = if job.is_cancelled() { Err(Undone::Cancelled) } else { self.work_of(assigned, needs, job) };
+        let task = order.assigned.task;
+        let done = if order.job.is_cancelled() { Err(Undone::Cancelled) } else { self.work_of(order) };
         self.tell_notes(say);
         match done {
             Ok((mut made, payload)) => {
@@ -256,11 +269,11 @@ impl Desk {
         }
     }
 
-    fn work_of(&mut self, assigned: &Assigned, needs: &Needs, job: &Job) -> Result<(Made, Vec<u8>), Undone> {
-        match assigned.kind {
+    fn work_of(&mut self, order: &Order) -> Result<(Made, Vec<u8>), Undone> {
+        match order.assigned.kind {
             TaskKind::Survey => self.survey(),
-            TaskKind::Rows => self.rows(needs),
-            TaskKind::Update | TaskKind::Gradient | TaskKind::Evaluation => self.train(assigned, needs, job),
+            TaskKind::Rows => self.rows(&order.needs),
+            TaskKind::Update | TaskKind::Gradient | TaskKind::Evaluation => self.train(order),
             TaskKind::Partial => {
                 Err(Undone::Unfit("the coordinator asks for partial sums, which a worker does not make".to_owned()))
             }
@@ -315,17 +328,19 @@ impl Desk {
 /// What a task that starts from a model works with.
 struct Start<'a> {
     welcome: &'a Welcome,
+    bounds: Bounds,
     encoded: &'a Encoded,
     weights: Vec<f32>,
 }
 
 impl Desk {
     /// Evaluates the model as it came, then trains from it.
-    fn train(&mut self, assigned: &Assigned, needs: &Needs, job: &Job) -> Result<(Made, Vec<u8>), Undone> {
+    fn train(&mut self, order: &Order) -> Result<(Made, Vec<u8>), Undone> {
+        let Order { assigned, needs, bounds, job } = order;
         self.encode(needs)?;
         let (Some(read), Some(encoded)) = (&self.read, &self.encoded) else { return Err(Undone::Cancelled) };
         let weights = weights(&encoded.network, assigned, needs)?;
-        let start = Start { welcome: &read.welcome, encoded, weights };
+        let start = Start { welcome: &read.welcome, bounds: *bounds, encoded, weights };
         let evaluation = start.evaluation();
         if job.is_cancelled() {
             return Err(Undone::Cancelled);
@@ -384,7 +399,7 @@ impl Start<'_> {
 
     /// A payload that goes into the sum: finite, not too long, with its weight.
     fn folded(&self, assigned: &Assigned, values: &[f32], steps: u64, loss: f64) -> Result<(Made, Vec<u8>), Undone> {
-        let (got, max) = (norm(values), self.welcome.norm_max);
+        let (got, max) = (norm(values), self.bounds.norm_max);
         if !got.is_finite() || !loss.is_finite() {
             return Err(Undone::Failed(Failure::NotFinite));
         }
@@ -395,7 +410,7 @@ impl Start<'_> {
         let (mut made, payload) = filled(made(rows), to_bytes(values));
         made.layout = assigned.layout;
         made.steps = steps;
-        made.weight = weight(rows, assigned.weight_shift, self.welcome.weight_max);
+        made.weight = weight(rows, assigned.weight_shift, self.bounds.weight_max);
         made.metrics.train_loss = Some(loss);
         Ok((made, payload))
     }

@@ -7,7 +7,7 @@
 use bytes::{BufMut as _, Bytes, BytesMut};
 use protocol::ids::{ContentId, Hash};
 use protocol::layout::model_hasher;
-use protocol::limits::RECORD_BYTES_MAX;
+use protocol::limits::{MODEL_BYTES_MAX, RECORD_BYTES_MAX, SCHEMA_BYTES_MAX};
 use protocol::messages::{ContentRef, DecodeError, Download, Upload, decode, encode};
 use protocol::session::record::{RECORD_HEADER_BYTES, RECORD_TAG_BYTES};
 use protocol::session::{BroadcastOpener, Flag, Opener, Sealer};
@@ -33,6 +33,8 @@ pub(crate) enum TransferError {
     Cut,
     #[error("the content has more than the {expected} bytes that were announced")]
     TooLong { expected: u64 },
+    #[error("the content is announced with {got} bytes, at most {max} are allowed")]
+    TooLarge { got: u64, max: u64 },
     #[error("the content has {got} bytes, {expected} were announced")]
     TooShort { got: u64, expected: u64 },
     #[error("the content's hash is {got}, expected {expected}")]
@@ -116,6 +118,13 @@ pub(crate) enum ContentKind {
 }
 
 impl ContentKind {
+    fn bytes_max(self) -> u64 {
+        match self {
+            Self::Schema => SCHEMA_BYTES_MAX,
+            Self::Model(_) => MODEL_BYTES_MAX,
+        }
+    }
+
     fn hasher(self) -> blake3::Hasher {
         match self {
             Self::Schema => blake3::Hasher::new(),
@@ -130,6 +139,10 @@ pub(crate) async fn download(
     content: &ContentRef,
     kind: ContentKind,
 ) -> Result<Vec<u8>, TransferError> {
+    let max = kind.bytes_max();
+    if content.bytes > max {
+        return Err(TransferError::TooLarge { got: content.bytes, max });
+    }
     let mut opener = BroadcastOpener::new(content.id, &content.key);
     let mut hasher = kind.hasher();
     let mut bytes = Vec::new();

@@ -68,6 +68,16 @@ async fn without_an_invitation_a_worker_waits_for_the_one_on_this_machine() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_that_ends_soon_is_renewed_with_the_token_that_is_remembered() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol_until(stage::unix_s() + 24 * 3600).await;
+    stage.enrol().await;
+    stage.join(plan(Mode::Federated)).await.finish().await;
+    worker.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_waits_for_a_coordinator_that_is_not_there_yet() {
     let stage = Stage::new();
     let mut invitation = stage.invitation();

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{Bytes, BytesMut};
 use certs::{Ca, IdentityKey, SessionKey};
@@ -45,6 +45,10 @@ pub(crate) fn plan(mode: Mode) -> LearningPlan {
     let mut plan = LearningPlan::default();
     plan.train.mode = mode;
     plan
+}
+
+pub(crate) fn unix_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }
 
 async fn within<T>(what: &str, step: impl Future<Output = T>) -> T {
@@ -157,9 +161,14 @@ impl Stage {
 
     /// Enrols the worker as `shard`.
     pub(crate) async fn enrol(&self) {
+        self.enrol_until(u64::MAX).await;
+    }
+
+    /// Enrols it with a certificate that is said to end then.
+    pub(crate) async fn enrol_until(&self, expires_unix_s: u64) {
         self.answer_enrolment(|request| {
             let certificate = self.ca.issue_worker(&request.ed25519, SystemTime::now()).unwrap().to_vec();
-            EnrolAnswer::Granted { name: request.name.clone(), certificate, expires_unix_s: u64::MAX }
+            EnrolAnswer::Granted { name: request.name.clone(), certificate, expires_unix_s }
         })
         .await;
     }
