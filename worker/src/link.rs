@@ -25,7 +25,6 @@ use transport::{
 use zeroize::Zeroizing;
 
 use crate::enrolments::Enrolment;
-use crate::report::printable;
 use crate::state::Keys;
 
 /// How long the coordinator may take to answer the handshake.

@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use protocol::evaluation::EvaluationSummary;
 use protocol::ids::{Hash, RunId, TaskId, WorkerName};
-use protocol::limits::SENTENCE_LEN_MAX;
 use protocol::messages::TaskKind;
 use protocol::plan::Mode;
 use serde::Serialize;
@@ -218,12 +217,6 @@ fn kind_in_words<S: serde::Serializer>(kind: &TaskKind, serializer: S) -> Result
     })
 }
 
-/// What a coordinator wrote, bounded and fit for a terminal.
-pub(crate) fn printable(sentence: &str) -> String {
-    let bounded = &sentence[..sentence.floor_char_boundary(SENTENCE_LEN_MAX)];
-    bounded.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
-}
-
 /// Who hears the lines. Clones share one listener.
 #[derive(Clone)]
 pub struct Report(Arc<dyn Fn(&Line) + Send + Sync>);
@@ -283,12 +276,6 @@ mod tests {
             "{\"event\":\"round\",\"round\":3,\"kind\":\"update\",\"examples\":80,\"steps\":10,\"train_loss\":0.4,\
              \"eval\":{\"loss\":0.5,\"accuracy\":0.75},\"seconds\":0.25,\"bytes\":400}"
         );
-    }
-
-    #[test]
-    fn a_coordinators_words_are_bounded_and_cannot_steer_a_terminal() {
-        assert_eq!(printable("\x1b[2Jhello\n"), "\u{fffd}[2Jhello\u{fffd}");
-        assert_eq!(printable(&"a".repeat(9_000)).len(), SENTENCE_LEN_MAX);
     }
 
     #[test]

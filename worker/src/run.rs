@@ -34,7 +34,7 @@ use crate::error::WorkerError;
 use crate::link::{FromLink, Link, LinkEnd, LinkError};
 use crate::options::{Hooks, Options};
 use crate::receipts::{self, ReceiptLog};
-use crate::report::{Line, Report, printable};
+use crate::report::{Line, Report};
 use crate::state::{Keys, State};
 use crate::trainer::{Bounds, FromTrainer, Job, Order, RowCounts, Trainer};
 use crate::transfer::{self, ContentKind, TransferError};
