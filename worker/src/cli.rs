@@ -1,7 +1,6 @@
 //! The command line: what may be said, what it becomes, and what is printed.
 //!
 //! Flags win over the environment. JSON lines go to stdout, all else to stderr.
-#![allow(clippy::print_stdout, clippy::print_stderr)] // this is where the program speaks
 
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Read as _, Write as _};
@@ -9,11 +8,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand};
-use protocol::ids::WorkerName;
+use protocol::ids::{Hash, WorkerName};
 use protocol::invitation::{INVITATION_LEN_MAX, Invitation};
 
 use crate::options::Options;
+use crate::receipts::verify_log;
 use crate::report::{Line, Report};
 use crate::state::StatePlace;
 use crate::{Outcome, WorkerError, predict, run};
@@ -52,13 +53,13 @@ struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 1, env = "TRIBUTARY_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: u16,
     /// Let encoded training rows leave this machine, for a run of mode "central"
-    #[arg(long, env = "TRIBUTARY_SHARE_ROWS")]
+    #[arg(long, env = "TRIBUTARY_SHARE_ROWS", value_parser = BoolishValueParser::new())]
     share_rows: bool,
     /// Name no category to the coordinator that fewer rows have
     #[arg(long, value_name = "N", default_value_t = learning::MIN_COUNT, env = "TRIBUTARY_MIN_COUNT", value_parser = clap::value_parser!(u64).range(1..))]
     min_count: u64,
     /// Print one JSON object a line on stdout
-    #[arg(long, env = "TRIBUTARY_JSON")]
+    #[arg(long, env = "TRIBUTARY_JSON", value_parser = BoolishValueParser::new())]
     json: bool,
 }
 
@@ -66,6 +67,18 @@ struct RunArgs {
 enum Command {
     /// Predict with a finished model; needs nothing but the model's directory
     Predict(PredictArgs),
+    /// Verify kept receipts, offline: each says that an update is in the model
+    VerifyReceipts(VerifyArgs),
+}
+
+#[derive(Debug, Args)]
+struct VerifyArgs {
+    /// The log of a run: receipts/RUN.log in the worker's state directory
+    #[arg(value_name = "FILE")]
+    log: PathBuf,
+    /// The coordinator's Ed25519 key in hex, if it is known from elsewhere [default: the one that the log names]
+    #[arg(long, value_name = "HEX")]
+    coordinator: Option<Hash>,
 }
 
 #[derive(Debug, Args)]
@@ -96,12 +109,32 @@ impl Cli {
         match self.command {
             Some(Command::Predict(args)) => {
                 let rows = predict(&args.model, &args.data, &args.out)?;
-                eprintln!("{}: {rows} rows", args.out.display());
+                say(&format!("{}: {rows} rows", args.out.display()));
                 Ok(())
             }
+            Some(Command::VerifyReceipts(args)) => verify(&args),
             None => work(self.run),
         }
     }
+}
+
+fn verify(args: &VerifyArgs) -> Result<(), WorkerError> {
+    let mut count = 0u64;
+    let key = verify_log(&args.log, args.coordinator.map(|key| key.0), |receipt| {
+        count += 1;
+        // A reader that has seen enough, such as `head`, is no reason to stop verifying.
+        let _ = writeln!(
+            io::stdout().lock(),
+            "round {}: task {}, update {}, model {}",
+            receipt.round,
+            receipt.task,
+            receipt.hash,
+            receipt.model_hash
+        );
+    })?;
+    let signer = key.map(|key| format!(", all signed by {}", Hash(key))).unwrap_or_default();
+    say(&format!("{}: {count} receipts{signer}", args.log.display()));
+    Ok(())
 }
 
 fn work(args: RunArgs) -> Result<(), WorkerError> {
@@ -220,8 +253,13 @@ pub fn complain(error: &dyn std::error::Error) -> ExitCode {
         }
         next = source.source();
     }
-    eprintln!("error: {text}");
+    say(&format!("error: {text}"));
     ExitCode::FAILURE
+}
+
+/// A line on stderr. A terminal that has gone away is no reason to fail.
+fn say(line: &str) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
 /// Logs go to stderr: warnings for a person at a terminal, what `TRIBUTARY_LOG` asks for otherwise.

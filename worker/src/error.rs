@@ -10,7 +10,7 @@ use crate::enrol::EnrolError;
 use crate::files::FileError;
 use crate::link::LinkError;
 use crate::predict::PredictError;
-use crate::receipts::ReceiptError;
+use crate::receipts::{LogError, ReceiptError};
 use crate::state::StateError;
 
 /// Why a worker failed.
@@ -75,6 +75,9 @@ pub enum WorkerError {
     /// A receipt does not hold what it promises.
     #[error("the coordinator gave a receipt that does not verify")]
     Receipt(#[from] ReceiptError),
+    /// A log of receipts does not stand.
+    #[error(transparent)]
+    Log(#[from] LogError),
     /// Predictions could not be made.
     #[error(transparent)]
     Predict(#[from] PredictError),

@@ -4,8 +4,8 @@
 //! A line is written at once and synced when the worker ends: the update is safe with the coordinator, and only a power
 //! failure here can cost the last lines of its proof.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +15,9 @@ use protocol::messages::{DecodeError, Receipt, Signed, decode};
 use protocol::session::sign::{RECEIPT_CONTEXT, SignatureError, verify};
 
 use crate::files::{self, FileError};
+
+/// The longest line of a log, in bytes: a key, a signature and a receipt in hex have fewer than 500.
+const LINE_BYTES_MAX: u64 = 1024;
 
 /// Why a receipt is worth nothing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -60,6 +63,68 @@ pub fn open_line(line: &str) -> Result<([u8; 32], Receipt), ReceiptError> {
     Ok((coordinator, open(&coordinator, &signed)?))
 }
 
+/// Why a log of receipts does not stand.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LogError {
+    /// It cannot be read.
+    #[error("{}: cannot be read", path.display())]
+    Read {
+        /// The log.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// One of its lines does not verify.
+    #[error("{}:{line}: the receipt does not verify", path.display())]
+    Line {
+        /// The log.
+        path: PathBuf,
+        /// From 1.
+        line: usize,
+        /// What is wrong.
+        source: ReceiptError,
+    },
+    /// Its lines are signed by different keys, or not by the one that was named.
+    #[error("{}:{line}: signed by {got}, expected {expected}", path.display())]
+    OtherKey {
+        /// The log.
+        path: PathBuf,
+        /// From 1.
+        line: usize,
+        /// The line's key, in hex.
+        got: String,
+        /// Of the line before, or the one that was named.
+        expected: String,
+    },
+}
+
+/// Verifies a whole log, offline, and tells each receipt to `each`.
+///
+/// All lines must be signed by `coordinator`, or, if it is not named, by one key; that key is what comes back.
+///
+/// # Errors
+/// The first line that does not stand.
+pub fn verify_log(
+    path: &Path,
+    mut coordinator: Option<[u8; 32]>,
+    mut each: impl FnMut(&Receipt),
+) -> Result<Option<[u8; 32]>, LogError> {
+    let path = path.to_owned();
+    let file = File::open(&path).map_err(|source| LogError::Read { path: path.clone(), source })?;
+    for (text, line) in BufReader::new(file).lines().zip(1..) {
+        let text = text.map_err(|source| LogError::Read { path: path.clone(), source })?;
+        let (key, receipt) = open_line(&text).map_err(|source| LogError::Line { path: path.clone(), line, source })?;
+        let expected = *coordinator.get_or_insert(key);
+        if key != expected {
+            let (got, expected) = (HEXLOWER.encode(&key), HEXLOWER.encode(&expected));
+            return Err(LogError::OtherKey { path, line, got, expected });
+        }
+        each(&receipt);
+    }
+    Ok(coordinator)
+}
+
 /// The receipts of one run.
 #[derive(Debug)]
 pub(crate) struct ReceiptLog {
@@ -97,17 +162,21 @@ impl ReceiptLog {
 
 /// Cuts off a last line that a crash left half written.
 fn mend(path: &Path) -> io::Result<()> {
-    let bytes = fs::read(path)?;
-    let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
-    if whole == bytes.len() {
-        return Ok(());
-    }
-    OpenOptions::new().write(true).open(path)?.set_len(whole as u64)
+    let mut file = OpenOptions::new().read(true).write(true).open(path)?;
+    let length = file.metadata()?.len();
+    let from = length.saturating_sub(LINE_BYTES_MAX);
+    let mut tail = Vec::new();
+    file.seek(SeekFrom::Start(from))?;
+    file.read_to_end(&mut tail)?;
+    let half = tail.iter().rev().take_while(|&&byte| byte != b'\n').count();
+    if half > 0 { file.set_len(length - half as u64) } else { Ok(()) }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::fs;
+
     use ed25519_dalek::SigningKey;
     use protocol::ids::{Hash, TaskId, WorkerId};
     use protocol::messages::encode;
@@ -139,9 +208,17 @@ mod tests {
         for round in 1..=3 {
             ReceiptLog::open(directory.path(), RUN).unwrap().keep(&public, &signed(round)).unwrap();
         }
-        let log = fs::read_to_string(directory.path().join(format!("{RUN}.log"))).unwrap();
-        let read: Vec<_> = log.lines().map(|line| open_line(line).unwrap()).collect();
-        assert_eq!(read, [1, 2, 3].map(|round| (public, receipt(round))));
+        let path = directory.path().join(format!("{RUN}.log"));
+        let mut read = Vec::new();
+        assert_eq!(verify_log(&path, None, |receipt| read.push(*receipt)).unwrap(), Some(public));
+        assert_eq!(read, [1, 2, 3].map(receipt));
+        let other = verify_log(&path, Some([1; 32]), |_| ()).unwrap_err();
+        assert!(matches!(other, LogError::OtherKey { line: 1, .. }), "{other}");
+        let log = fs::read_to_string(&path).unwrap();
+        let last = if log.trim_end().ends_with('0') { "1\n" } else { "0\n" };
+        fs::write(&path, format!("{}{last}", &log[..log.len() - 2])).unwrap();
+        let forged = verify_log(&path, None, |_| ()).unwrap_err();
+        assert!(matches!(forged, LogError::Line { line: 3, .. }), "{forged}");
     }
 
     #[test]
