@@ -163,8 +163,8 @@ fn report(rows: &[(String, usize)], predictions: &[Predictions]) -> Result<bool,
     let [_, pooled, alone @ ..] = comparisons.as_slice() else {
         return Err("the comparison lacks pooled training".into());
     };
-    let near = pooled.first - pooled.second > -POOLED_MARGIN;
-    println!("  {} federated is at most {POOLED_MARGIN} AUC below pooled", verdict(near));
+    let near = (pooled.first - pooled.second).abs() <= POOLED_MARGIN;
+    println!("  {} federated is within {POOLED_MARGIN} AUC of pooled", verdict(near));
     let above = alone.iter().all(|model| model.low > 0.0);
     println!("  {} federated is above every airport alone, with an interval that excludes 0", verdict(above));
     Ok(near && above)
