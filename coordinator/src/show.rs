@@ -170,7 +170,7 @@ impl Look {
             return Self::Plain;
         }
         let bar = ProgressBar::new(0);
-        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} rounds  {msg}");
+        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} rounds  {wide_msg}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         Self::Bar(bar)
     }
