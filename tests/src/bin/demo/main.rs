@@ -27,7 +27,7 @@ type Failure = Box<dyn Error>;
 
 /// The airports, by the stem of their files.
 const AIRPORTS: [&str; 3] = ["ewr", "jfk", "lga"];
-/// How far below pooled training the federated model's AUC may lie.
+/// How far from pooled training the federated model's AUC may lie.
 const POOLED_MARGIN: f64 = 0.002;
 /// The paired bootstrap of the table.
 const RESAMPLES: u32 = 1_000;
