@@ -5,3 +5,4 @@ mod deploy;
 mod monitoring;
 mod network;
 mod runs;
+mod updates;
