@@ -152,7 +152,7 @@ struct Uploads {
     tickets: u64,
     /// What the machine waits for.
     expected: BTreeMap<TaskId, Expected>,
-    /// Streams that wait for the machine. QUIC bounds how many a connection has open.
+    /// Streams that wait for the machine: one for a connection.
     early: BTreeMap<(ConnId, TaskId), Early>,
 }
 
@@ -659,12 +659,20 @@ impl Uploads {
             Some(false) => self.let_in(task, ticket),
             // Said twice: one of them is on its way.
             Some(true) => drop(ticket),
-            None => {
-                // Those who gave up waiting make room.
-                self.early.retain(|_, early| !early.ticket.is_closed());
-                self.early.insert((conn, task), Early { hash, ticket });
-            }
+            None => self.wait(conn, task, Early { hash, ticket }),
         }
+    }
+
+    /// A worker has one task at a time: of its streams only the newest task's waits. One that was answered before it
+    /// came would only take the place, of which QUIC has few, that the next payload needs.
+    fn wait(&mut self, conn: ConnId, task: TaskId, early: Early) {
+        let newer = (conn, TaskId(task.0.saturating_add(1)))..=(conn, TaskId(u64::MAX));
+        if task.0 < u64::MAX && self.early.range(newer).next().is_some() {
+            return;
+        }
+        // Those who gave up waiting make room, too.
+        self.early.retain(|(of, _), early| *of != conn && !early.ticket.is_closed());
+        self.early.insert((conn, task), early);
     }
 
     fn let_in(&mut self, task: TaskId, ticket: oneshot::Sender<Ticket>) {
@@ -822,6 +830,23 @@ mod tests {
         assert!(matches!(old.stop.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
         assert_eq!(uploads.ended(old.number, TASK), None);
         assert!(uploads.expected.contains_key(&TASK));
+    }
+
+    #[test]
+    fn of_a_workers_early_streams_only_the_newest_tasks_waits() {
+        let mut uploads = Uploads::default();
+        let mut waiting = |task, conn| {
+            let (ticket, granted) = oneshot::channel();
+            uploads.begun(conn, Upload { task: TaskId(task), ..upload(1) }, ticket);
+            granted
+        };
+        let (mut older, mut bobs, mut newest, mut oldest) =
+            (waiting(3, ALICE), waiting(1, BOB), waiting(u64::MAX, ALICE), waiting(2, ALICE));
+        let turned_away = |granted: &mut oneshot::Receiver<Ticket>| {
+            matches!(granted.try_recv(), Err(oneshot::error::TryRecvError::Closed))
+        };
+        assert!(turned_away(&mut older) && turned_away(&mut oldest));
+        assert!(!turned_away(&mut newest) && !turned_away(&mut bobs));
     }
 
     #[test]
