@@ -47,7 +47,7 @@ pub const PACE: Duration = Duration::from_millis(60);
 pub const ROWS: usize = 120;
 
 /// So many rounds of the undisturbed fleet are known: more than any test here lets pass.
-const ROUNDS_KNOWN: usize = 500;
+const ROUNDS_KNOWN: usize = 300;
 
 /// How often something outside is looked at that cannot be waited for.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
