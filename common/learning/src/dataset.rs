@@ -200,12 +200,21 @@ fn proposed_label(table: &Table, spec: &DataSpec) -> Option<String> {
 
 fn refuse_stray_words(table: &Table, spec: &DataSpec, label: &str) -> Result<(), DataError> {
     for column in table.columns() {
-        let words_are_fine = spec.categorical.contains(&column.name) || column.name == label && spec.task.is_some();
+        let is_label = column.name == label;
+        let words_are_fine = spec.categorical.contains(&column.name) || is_label && spec.task.is_some();
         if !words_are_fine {
-            column.refuse_stray_words(table.path())?;
+            column.refuse_stray_words(table.path()).map_err(|error| if is_label { of_label(error) } else { error })?;
         }
     }
     Ok(())
+}
+
+/// What is wrong with a column is wrong with the label, and has another remedy.
+fn of_label(error: DataError) -> DataError {
+    match error {
+        DataError::NotANumber { path, line, column, cell } => DataError::StrayLabel { path, line, column, cell },
+        other => other,
+    }
 }
 
 fn labelled_rows(table: &Table, label: &str) -> Vec<usize> {

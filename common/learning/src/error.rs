@@ -23,13 +23,22 @@ pub enum DataError {
     #[error("{path}: is empty, expected a header line and at least one row")]
     Empty { path: String },
     /// It ends after its header.
-    #[error("{path}: has a header and no rows")]
+    #[error("{path}: has a header and no rows, expected at least one")]
     HeaderOnly { path: String },
     /// Its first line is data.
     #[error("{path}:1: the first line is all numbers ({first}), expected the names of the columns; add a header line")]
     NoHeader { path: String, first: String },
-    /// A column has no name, or one that is too long.
-    #[error("{path}:1: the name of column {number} has {got} bytes, expected 1 to {max}")]
+    /// Only one column, as in a file whose cells are separated by something else.
+    #[error(
+        "{path}:1: only one column, {column:?}, expected the label and at least one to learn from; cells are separated \
+         by commas"
+    )]
+    OneColumn { path: String, column: String },
+    /// A column has no name.
+    #[error("{path}:1: column {number} has no name; give it one")]
+    NoColumnName { path: String, number: usize },
+    /// A column has a name that is too long.
+    #[error("{path}:1: the name of column {number} has {got} bytes, the most is {max}; shorten it")]
     ColumnName { path: String, number: usize, got: usize, max: usize },
     /// Too many columns.
     #[error("{path}:1: {got} columns, the most is {max}")]
@@ -41,7 +50,10 @@ pub enum DataError {
     #[error("{path}:{line}: {got} cells, the header has {expected}; put cells that hold a comma between quotes")]
     Ragged { path: String, line: u64, got: usize, expected: usize },
     /// A quote that runs to the end of the file.
-    #[error("{path}:{line}: a quote that opens in this row is never closed")]
+    #[error(
+        "{path}:{line}: a quote that opens in this row is never closed; close it, or write a quote that is part of a \
+         cell twice"
+    )]
     QuoteNeverClosed { path: String, line: u64 },
     /// Bytes that are not UTF-8.
     #[error("{path}:{line}: not UTF-8; save the file as UTF-8")]
@@ -91,6 +103,12 @@ pub enum DataError {
          set data.task to \"classification\""
     )]
     LabelNotANumber { path: String, line: u64, column: String, cell: String },
+    /// A word among labels that are numbers, where nobody said what the labels are.
+    #[error(
+        "{path}:{line}: label {column:?}: {cell:?} is not a number, and other labels are; correct the cell, leave it \
+         empty to leave the row out, or set data.task to \"classification\""
+    )]
+    StrayLabel { path: String, line: u64, column: String, cell: String },
     /// A class that the schema does not know.
     #[error("{path}:{line}: label {column:?}: the class {cell:?} is unknown; the fleet's classes are {classes}")]
     UnknownClass { path: String, line: u64, column: String, cell: String, classes: String },
@@ -103,6 +121,25 @@ pub enum DataError {
     /// The survey would not fit its payload.
     #[error("{path}: its survey has {got} bytes, the most is {max}; drop columns under data.drop")]
     SurveyTooLarge { path: String, got: u64, max: u64 },
+}
+
+impl DataError {
+    /// The same for somebody who may not see the data: what stands in a cell is left out.
+    #[must_use]
+    pub fn without_cells(mut self) -> Self {
+        if let Self::NoHeader { first: cell, .. }
+        | Self::NotANumber { cell, .. }
+        | Self::NoNumber { cell, .. }
+        | Self::NotFinite { cell, .. }
+        | Self::LabelNotWhole { cell, .. }
+        | Self::LabelNotANumber { cell, .. }
+        | Self::StrayLabel { cell, .. }
+        | Self::UnknownClass { cell, .. } = &mut self
+        {
+            "…".clone_into(cell);
+        }
+        self
+    }
 }
 
 /// `names` as a sentence has them: quoted, at most twelve.

@@ -207,7 +207,10 @@ fn check_names(path: &str, names: &[String]) -> Result<(), DataError> {
     }
     let mut seen = BTreeMap::new();
     for (at, name) in names.iter().enumerate() {
-        if !(1..=COLUMN_NAME_LEN_MAX).contains(&name.len()) {
+        if name.is_empty() {
+            return Err(DataError::NoColumnName { path, number: at + 1 });
+        }
+        if name.len() > COLUMN_NAME_LEN_MAX {
             return Err(DataError::ColumnName { path, number: at + 1, got: name.len(), max: COLUMN_NAME_LEN_MAX });
         }
         if let Some(first) = seen.insert(name, at) {

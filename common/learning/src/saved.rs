@@ -58,7 +58,9 @@ pub enum ModelError {
     #[error("{path}: not the description of a model")]
     Description { path: String, source: serde_json::Error },
     /// Of another version.
-    #[error("{path}: format {got:?}, expected {FORMAT:?}")]
+    #[error(
+        "{path}: format {got:?}, this program reads {FORMAT:?}; use the worker that came with the model's coordinator"
+    )]
     Format { path: String, got: String },
     /// Its schema contradicts itself.
     #[error("{path}: its schema cannot be used")]

@@ -131,8 +131,13 @@ pub enum MergeError {
     #[error("columns that most of the fleet have are missing: {}", pairs(.0))]
     Lacking(Vec<(String, String)>),
     /// All rows of the fleet are of one class.
-    #[error("every label of the whole fleet is {class:?}, expected at least two classes")]
+    #[error(
+        "every label of the whole fleet, in column {label:?}, is {class:?}, expected at least two classes; is it the \
+         right column (data.label)?"
+    )]
     OneClass {
+        /// The label column.
+        label: String,
         /// The class.
         class: String,
     },
@@ -161,7 +166,9 @@ pub enum MergeError {
         column: String,
     },
     /// Nothing is left to learn from.
-    #[error("no column is left to learn from")]
+    #[error(
+        "no column is left to learn from: the files have none beside the label, or none that may be used; see data.drop"
+    )]
     NoColumns,
     /// The schema would not fit its message.
     #[error("the schema has {got} bytes, the most is {SCHEMA_BYTES_MAX}; drop columns under data.drop")]
@@ -267,7 +274,7 @@ fn merge_target(surveys: &BTreeMap<String, Survey>, spec: &DataSpec, label: &str
     match (task, text) {
         (LearningTask::Regression, Some((worker, _))) => Err(MergeError::TextLabel { worker: worker.clone() }),
         (LearningTask::Regression, None) => regression(surveys, label),
-        (LearningTask::Classification, _) => classification(surveys, names),
+        (LearningTask::Classification, _) => classification(surveys, names, label),
     }
 }
 
@@ -277,13 +284,17 @@ fn regression(surveys: &BTreeMap<String, Survey>, label: &str) -> Result<Target,
     Ok(Target::Regression { mean: all.mean, deviation: all.deviation() })
 }
 
-fn classification(surveys: &BTreeMap<String, Survey>, names: BTreeSet<&String>) -> Result<Target, MergeError> {
+fn classification(
+    surveys: &BTreeMap<String, Survey>,
+    names: BTreeSet<&String>,
+    label: &str,
+) -> Result<Target, MergeError> {
     if let Some((worker, _)) = surveys.iter().find(|(_, survey)| survey.target.classes.is_empty()) {
         return Err(MergeError::NotClasses { worker: worker.clone() });
     }
     let mut classes: Vec<String> = names.into_iter().cloned().collect();
     match classes.len() {
-        1 => return Err(MergeError::OneClass { class: classes.remove(0) }),
+        1 => return Err(MergeError::OneClass { label: label.to_owned(), class: classes.remove(0) }),
         got if got > CLASSES_MAX => return Err(MergeError::TooManyClasses { got }),
         _ => {}
     }

@@ -62,10 +62,13 @@ impl Table {
     /// Reads the file at `path`.
     ///
     /// # Errors
-    /// If it is not a CSV file with a header and at least one row, all of one width.
+    /// If it is not a CSV file with a header of at least two columns and at least one row, all of one width.
     pub fn read(path: &Path) -> Result<Self, DataError> {
         let mut records = Records::open(path)?;
         let mut columns: Vec<Column> = records.header().iter().cloned().map(Column::new).collect();
+        if let [Column { name, .. }] = columns.as_slice() {
+            return Err(DataError::OneColumn { path: path.display().to_string(), column: name.clone() });
+        }
         let mut lines = Vec::new();
         while records.advance()? {
             let line = records.line();

@@ -94,13 +94,13 @@ fn a_file_that_is_no_table_is_refused_with_place_and_remedy() {
     for empty in ["", "\n\n", "\r\n"] {
         assert_eq!(shards.refusal(empty), "f.csv: is empty, expected a header line and at least one row", "{empty:?}");
     }
-    assert_eq!(shards.refusal("a,b\n"), "f.csv: has a header and no rows");
+    assert_eq!(shards.refusal("a,b\n"), "f.csv: has a header and no rows, expected at least one");
     assert_eq!(
         shards.refusal("1,2.5,0\n3,4,1\n"),
         "f.csv:1: the first line is all numbers (1, 2.5, 0), expected the names of the columns; add a header line"
     );
     assert_eq!(shards.refusal("a,b,a\n1,2,3\n"), "f.csv:1: columns 1 and 3 are both called \"a\"; rename one");
-    assert_eq!(shards.refusal("a,,b\n1,2,3\n"), "f.csv:1: the name of column 2 has 0 bytes, expected 1 to 256");
+    assert_eq!(shards.refusal("a,,b\n1,2,3\n"), "f.csv:1: column 2 has no name; give it one");
 }
 
 #[test]
@@ -110,7 +110,12 @@ fn a_broken_row_is_refused_with_its_line() {
     assert_eq!(shards.refusal("a,y\n1,2\n\n3,4,5\n6,7\n"), format!("f.csv:4: 3 {ragged}"));
     assert_eq!(shards.refusal("a,y\r\n1,2\r\n3\r\n"), format!("f.csv:3: 1 {ragged}"));
     assert_eq!(shards.refusal("a,y\n\"x\ny\",2\n3"), format!("f.csv:4: 1 {ragged}"));
-    let open = |line| format!("f.csv:{line}: a quote that opens in this row is never closed");
+    let open = |line| {
+        format!(
+            "f.csv:{line}: a quote that opens in this row is never closed; close it, or write a quote that is part of a \
+             cell twice"
+        )
+    };
     assert_eq!(shards.refusal("a,y\n1,2\n3,\"4\n5,6\n7,8\n"), open(3));
     assert_eq!(shards.refusal("a,y\r\n1,2\r\n\"3,4\r\n5,6\r\n7,8"), open(3));
     assert_eq!(shards.refusal("\u{feff}a,y\n1,2\n3,\"4 \"\" 5\n"), open(3));
@@ -145,6 +150,35 @@ fn a_stray_word_among_numbers_is_refused_unless_the_column_is_called_categorical
     }
     let words = "size,y\n1,0\n2,1\nsmall,0\nlarge,1\n3,0\n";
     assert!(Shards::new().dataset("f", words).is_ok(), "words and numbers are categories");
+}
+
+#[test]
+fn a_stray_word_among_labels_has_a_remedy_of_its_own() {
+    assert_eq!(
+        Shards::new().refusal("a,y\n1,0\n2,1\n3,late\n4,0\n"),
+        "f.csv:4: label \"y\": \"late\" is not a number, and other labels are; correct the cell, leave it empty to leave the \
+         row out, or set data.task to \"classification\""
+    );
+}
+
+#[test]
+fn a_file_of_one_column_is_one_with_another_separator() {
+    assert_eq!(
+        Shards::new().refusal("a;y\n1;0\n"),
+        "f.csv:1: only one column, \"a;y\", expected the label and at least one to learn from; cells are separated by commas"
+    );
+}
+
+#[test]
+fn what_stands_in_a_cell_can_be_left_out_of_a_sentence() {
+    let shards = Shards::with(|spec| spec.task = Some(LearningTask::Classification));
+    for text in ["a,y\n1,0\n2,1\n3,1\nsecret,0\n", "a,y\n1,0\n1e400,1\n2,1\n", "a,y\n1,0\n2,0.625\n"] {
+        let error = shards.dataset("f", text).unwrap_err();
+        let cells = ["secret", "1e400", "0.625"];
+        assert!(cells.iter().any(|cell| error.to_string().contains(cell)), "{error}");
+        let told = error.without_cells().to_string();
+        assert!(told.contains('…') && !cells.iter().any(|cell| told.contains(cell)), "{told}");
+    }
 }
 
 #[test]
@@ -322,7 +356,11 @@ fn one_class_at_one_worker_is_fine_and_in_the_whole_fleet_is_refused() {
     let shards = Shards::new();
     assert_eq!(classes(&shards.schema(&[("a", "x,y\n1,no\n2,no\n"), ("b", "x,y\n1,yes\n")])), ["no", "yes"]);
     let one = shards.merge(&[("a", "x,y\n1,no\n2,no\n"), ("b", "x,y\n1,no\n")]).unwrap_err();
-    assert_eq!(one.to_string(), "every label of the whole fleet is \"no\", expected at least two classes");
+    assert_eq!(
+        one.to_string(),
+        "every label of the whole fleet, in column \"y\", is \"no\", expected at least two classes; is it the right column \
+         (data.label)?"
+    );
 }
 
 #[test]
