@@ -12,7 +12,7 @@ use core::fmt;
 use core::net::SocketAddr;
 use core::str::FromStr;
 
-use data_encoding::{BASE64URL_NOPAD, DecodeKind};
+use data_encoding::BASE64URL_NOPAD;
 use serde::{Deserialize, Serialize};
 
 /// What every invitation of this version starts with.
@@ -195,17 +195,12 @@ fn strip_prefix(text: &str) -> Result<&str, InvitationError> {
 }
 
 fn decode(text: &str) -> Result<Vec<u8>, InvitationError> {
-    BASE64URL_NOPAD.decode(text.as_bytes()).map_err(|error| match error.kind {
-        DecodeKind::Symbol => bad_character(text, error.position),
-        // Four characters are three bytes: one that is left over, or half a byte, is what a cut leaves.
-        _ => InvitationError::CutShort,
-    })
-}
-
-fn bad_character(text: &str, position: usize) -> InvitationError {
-    let before = text.char_indices().take_while(|&(at, _)| at < position).count();
-    let got = text.chars().nth(before).unwrap_or(char::REPLACEMENT_CHARACTER);
-    InvitationError::BadCharacter { got, at: INVITATION_PREFIX.len() + before + 1 }
+    let mut characters = text.chars().zip(INVITATION_PREFIX.len() + 1..);
+    if let Some((got, at)) = characters.find(|(c, _)| !(c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))) {
+        return Err(InvitationError::BadCharacter { got, at });
+    }
+    // Four characters are three bytes: one that is left over, or half a byte, is what a cut leaves.
+    BASE64URL_NOPAD.decode(text.as_bytes()).map_err(|_| InvitationError::CutShort)
 }
 
 /// What stands between the length and the checksum, if both fit.

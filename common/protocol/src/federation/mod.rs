@@ -170,7 +170,7 @@ impl Federation {
             Input::Stepped { round, model, train_loss } => self.stepped(round, model, train_loss),
             Input::StepFailed { round, sentence } => self.step_failed(round, sentence),
             Input::Revoked { worker } => self.revoked(worker),
-            Input::Abort => self.abort("aborted by the operator".to_owned()),
+            Input::Abort => self.abort("aborted by the operator".to_owned(), &ToWorker::Aborted),
             Input::Stop => self.stop(),
             Input::Tick => self.tick(),
         }

@@ -292,7 +292,7 @@ impl Federation {
                 self.volatile.blocked = true;
                 self.set_paused(Pause::Disagreed(sentence));
             }
-            SurveyOutcome::Impossible(sentence) => self.abort(sentence),
+            SurveyOutcome::Impossible(sentence) => self.fail(sentence),
         }
     }
 
@@ -317,7 +317,7 @@ impl Federation {
 
     pub(super) fn step_failed(&mut self, round: u32, sentence: String) {
         if self.durable.phase.work().is_some_and(|work| work.round == round) {
-            self.abort(sentence);
+            self.fail(sentence);
         }
     }
 
@@ -370,7 +370,14 @@ impl Federation {
         }
     }
 
-    pub(super) fn abort(&mut self, sentence: String) {
+    /// Gives the run up because it cannot go on; every worker is told why.
+    fn fail(&mut self, sentence: String) {
+        let word = ToWorker::Rejected { sentence: sentence.clone() };
+        self.abort(sentence, &word);
+    }
+
+    /// Gives the run up, with `word` to every worker.
+    pub(super) fn abort(&mut self, sentence: String, word: &ToWorker) {
         if matches!(self.durable.phase, Phase::Finished(_) | Phase::Aborted) {
             return;
         }
@@ -380,7 +387,7 @@ impl Federation {
         self.emit(Event::Aborted { sentence: sentence.clone() });
         let conns: Vec<ConnId> = self.volatile.sessions.keys().copied().collect();
         for conn in conns {
-            self.send(conn, ToWorker::Aborted);
+            self.send(conn, word.clone());
         }
         self.act(Act::Fail { sentence });
     }
