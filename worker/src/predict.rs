@@ -1,6 +1,6 @@
 //! Predictions with a finished model. Needs the model's directory and nothing else: no state, no coordinator.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use learning::{ModelError, SavedModel};
@@ -27,16 +27,24 @@ pub enum PredictError {
 
 /// Writes the rows of `data`, each with its prediction, to `out`, and says how many there are.
 ///
-/// The output appears whole or not at all.
+/// The output appears whole or not at all, unless it is a device or a pipe.
 ///
 /// # Errors
 /// What of model, rows or output cannot be used.
 pub fn predict(model: &Path, data: &Path, out: &Path) -> Result<u64, PredictError> {
     let model = SavedModel::read(model)?;
-    if let (Ok(data), Ok(out)) = (fs::canonicalize(data), fs::canonicalize(out))
-        && data == out
+    if let (Ok(input), Ok(output)) = (fs::canonicalize(data), fs::canonicalize(out))
+        && input == output
     {
-        return Err(PredictError::SameFile(out));
+        return Err(PredictError::SameFile(out.to_owned()));
     }
-    files::replace(out, 0o666, |file| Ok(model.predict_file(data, file)?))
+    // A device or a pipe, such as /dev/stdout, is written to: put in its place, a file would do harm.
+    if fs::metadata(out).is_ok_and(|there| !there.is_file() && !there.is_dir()) {
+        let stream = File::options().write(true).open(out).map_err(|e| FileError::new(out, "write", e))?;
+        return Ok(model.predict_file(data, stream)?);
+    }
+    // A link stays one, and what it leads to is replaced.
+    let is_link = fs::symlink_metadata(out).is_ok_and(|there| there.is_symlink());
+    let target = fs::canonicalize(out).ok().filter(|_| is_link);
+    files::replace(target.as_deref().unwrap_or(out), 0o666, |file| Ok(model.predict_file(data, file)?))
 }

@@ -148,6 +148,8 @@ struct Shell {
     welcome: Option<Box<Welcome>>,
     rows: Option<RowCounts>,
     trainer: Trainer,
+    /// What about the data does not fit, as only their owner is told.
+    misfit: Option<String>,
     contents: Contents<RecvStream>,
     work: Work,
     /// A task that was just named: the machine may want no work for it.
@@ -198,6 +200,7 @@ impl Shell {
             welcome: None,
             rows: None,
             trainer: Trainer::start(options, table, say).map_err(WorkerError::Runtime)?,
+            misfit: None,
             contents: Contents::new(),
             work: Work::None,
             assigned: None,
@@ -529,6 +532,7 @@ impl Shell {
     fn take_in_trainer(&mut self, report: FromTrainer) -> Result<(), WorkerError> {
         match report {
             FromTrainer::Noted(text) => self.report.say(&Line::Note { text }),
+            FromTrainer::Misfit(sentence) => self.misfit = Some(sentence),
             FromTrainer::Considered(Ok(rows)) => {
                 self.rows = Some(rows);
                 self.tell(Input::Considered(Ok(())));
@@ -615,7 +619,7 @@ impl Shell {
             Ending::Stopped => stopped(&self.report),
             Ending::Displaced => Err(WorkerError::Displaced),
             Ending::Rejected(sentence) => Err(WorkerError::Rejected(printable(&sentence))),
-            Ending::Declined(sentence) => Err(WorkerError::Declined(sentence)),
+            Ending::Declined(sentence) => Err(WorkerError::Declined(self.misfit.take().unwrap_or(sentence))),
             Ending::Aborted => Err(WorkerError::Aborted),
         }
     }

@@ -13,7 +13,7 @@
 //! receipts/       one log a run: <run>.log
 //! ```
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -128,8 +128,19 @@ pub enum StateError {
         source: io::Error,
     },
     /// Something else is in the directory.
-    #[error("{}: not a worker's state directory (no readable file \"format\" in it); name an empty one with --state", .0.display())]
-    NotOurs(PathBuf),
+    #[error("{}: not a worker's state directory ({got}); give an empty or new one with --state", path.display())]
+    NotOurs {
+        /// The directory.
+        path: PathBuf,
+        /// What is there.
+        got: String,
+    },
+    /// It, or what it should be in, is a file.
+    #[error("{}: not a directory; give another with --state", .0.display())]
+    NotADirectory(PathBuf),
+    /// It may not be made or written.
+    #[error("{}: state directory is not writable; give another with --state, or make it yours", .0.display())]
+    NotWritable(PathBuf),
     /// Another user's.
     #[error("{}: belongs to user id {owner}, this process runs as {us}; name another directory with --state", path.display())]
     OtherUser {
@@ -141,7 +152,7 @@ pub enum StateError {
         us: u32,
     },
     /// A later version of this program wrote it.
-    #[error("{}: state of format {got}, this build reads up to {FORMAT}; use the newer worker, or another directory with --state", path.display())]
+    #[error("{}: state of version {got}, this program reads version {FORMAT}; update it, or give another --state", path.display())]
     Newer {
         /// The directory.
         path: PathBuf,
@@ -198,6 +209,21 @@ pub enum StateError {
     File(#[from] FileError),
 }
 
+impl StateError {
+    fn not_ours(path: &Path, got: &str) -> Self {
+        Self::NotOurs { path: path.to_owned(), got: got.to_owned() }
+    }
+
+    /// Why the directory itself, or one above it, cannot be had.
+    fn of_directory(error: FileError) -> Self {
+        match error.source.kind() {
+            io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => Self::NotADirectory(error.path),
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Self::NotWritable(error.path),
+            _ => Self::File(error),
+        }
+    }
+}
+
 fn process(holder: &Option<u32>) -> String {
     holder.map(|id| format!(" (process {id})")).unwrap_or_default()
 }
@@ -236,9 +262,9 @@ enum Belongs {
 impl Belongs {
     fn read(root: &Path, owner: &Owner<'_>) -> Result<Self, StateError> {
         let Some(remembered) = files::read(&root.join("data"), NOTE_BYTES_MAX)? else {
-            return Err(StateError::NotOurs(root.to_owned()));
+            return Err(StateError::not_ours(root, "it holds no file \"data\""));
         };
-        let remembered = PathBuf::from(std::ffi::OsString::from_vec(remembered));
+        let remembered = PathBuf::from(OsString::from_vec(remembered));
         Ok(match remembered {
             path if path == owner.path => Self::Ours,
             path if path.exists() => Self::Others(path),
@@ -249,7 +275,7 @@ impl Belongs {
 
 fn open_here(root: &Path, owner: &Owner<'_>) -> Result<State, StateError> {
     if is_vacant(root)? {
-        files::make_directory(root)?;
+        files::make_directory(root).map_err(StateError::of_directory)?;
         let lock = fill(root, owner)?;
         return Ok(State { root: root.to_owned(), name: owner.name.clone(), _lock: lock });
     }
@@ -267,7 +293,7 @@ fn open_here(root: &Path, owner: &Owner<'_>) -> Result<State, StateError> {
 /// Looks at `<name>`, `<name>-2`, … until one is this file's or free. A file that is gone may be the one that we were
 /// given, moved, so nothing is made behind its back.
 fn open_under(parent: &Path, owner: &Owner<'_>) -> Result<State, StateError> {
-    files::make_directory(parent)?;
+    files::make_directory(parent).map_err(StateError::of_directory)?;
     let mut gone: Option<(PathBuf, WorkerName, PathBuf)> = None;
     for name in (1..=SAME_NAME_MAX).map_while(|count| owner.numbered(count)) {
         let root = parent.join(name.as_str());
@@ -339,19 +365,29 @@ fn fill(root: &Path, owner: &Owner<'_>) -> Result<File, StateError> {
 
 /// Whether there is nothing at `root`, or an empty directory, or one whose making was interrupted.
 fn is_vacant(root: &Path) -> Result<bool, StateError> {
+    if foreign_entry(root)?.is_some() {
+        return Ok(false);
+    }
+    if root.exists() {
+        check_user(root)?;
+    }
+    Ok(true)
+}
+
+/// The first entry of `root`, if it is there, that an interrupted making of ours does not leave.
+fn foreign_entry(root: &Path) -> Result<Option<OsString>, StateError> {
     let entries = match fs::read_dir(root) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
-        entries => entries.map_err(|e| FileError::new(root, "read", e))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        entries => entries.map_err(|e| StateError::of_directory(FileError::new(root, "read", e)))?,
     };
     let ours = ["lock", "data", "data.aside", "coordinators", "receipts", "format.aside"];
     for entry in entries {
-        let entry = entry.map_err(|e| FileError::new(root, "read", e))?;
-        if !ours.iter().any(|name| entry.file_name() == *name) {
-            return Ok(false);
+        let name = entry.map_err(|e| FileError::new(root, "read", e))?.file_name();
+        if !ours.iter().any(|ours| name == *ours) {
+            return Ok(Some(name));
         }
     }
-    check_user(root)?;
-    Ok(true)
+    Ok(None)
 }
 
 fn check_user(root: &Path) -> Result<(), StateError> {
@@ -362,14 +398,18 @@ fn check_user(root: &Path) -> Result<(), StateError> {
 
 fn check_format(root: &Path) -> Result<(), StateError> {
     check_user(root)?;
-    let not_ours = || StateError::NotOurs(root.to_owned());
-    let format = files::read(&root.join("format"), NOTE_BYTES_MAX)?.ok_or_else(not_ours)?;
-    let number =
-        str::from_utf8(&format).ok().and_then(|text| text.trim_end().strip_prefix(FORMAT_PREFIX)?.parse().ok());
-    match number {
+    let Some(format) = files::read(&root.join("format"), NOTE_BYTES_MAX)? else {
+        let name = foreign_entry(root)?.unwrap_or_default();
+        return Err(StateError::not_ours(root, &format!("it holds {name:?} and no file \"format\"")));
+    };
+    let text = String::from_utf8_lossy(&format);
+    match text.trim_end().strip_prefix(FORMAT_PREFIX).and_then(|number| number.parse().ok()) {
         Some(FORMAT) => Ok(()),
         Some(got) if got > FORMAT => Err(StateError::Newer { path: root.to_owned(), got }),
-        _ => Err(not_ours()),
+        _ => {
+            let got: String = text.trim_end().chars().take(60).collect();
+            Err(StateError::not_ours(root, &format!("its format is {got:?}")))
+        }
     }
 }
 
@@ -496,13 +536,13 @@ mod tests {
         let open = || State::open(&StatePlace::Here(here.clone()), &data, None);
         fs::create_dir(&here).unwrap();
         fs::write(here.join("thesis.tex"), "years of work").unwrap();
-        assert!(matches!(open().unwrap_err(), StateError::NotOurs(_)));
+        assert!(matches!(open().unwrap_err(), StateError::NotOurs { .. }));
         fs::remove_file(here.join("thesis.tex")).unwrap();
         drop(open().unwrap());
         fs::write(here.join("format"), "tributary worker state 2\n").unwrap();
         assert!(matches!(open().unwrap_err(), StateError::Newer { got: 2, .. }));
         fs::write(here.join("format"), "something else\n").unwrap();
-        assert!(matches!(open().unwrap_err(), StateError::NotOurs(_)));
+        assert!(matches!(open().unwrap_err(), StateError::NotOurs { .. }));
     }
 
     #[test]

@@ -64,6 +64,8 @@ pub(crate) struct RowCounts {
 pub(crate) enum FromTrainer {
     /// Something that the data's owner should know.
     Noted(String),
+    /// What about the data does not fit, in full, for their owner alone. What the coordinator is told follows.
+    Misfit(String),
     /// The plan was read.
     Considered(Result<RowCounts, Leave>),
     /// A task is done.
@@ -192,11 +194,12 @@ enum Undone {
     Cancelled,
     Failed(Failure),
     Unfit(String),
+    Data(DataError),
 }
 
 impl From<DataError> for Undone {
     fn from(error: DataError) -> Self {
-        Self::Unfit(sentence(&error))
+        Self::Data(error)
     }
 }
 
@@ -206,7 +209,7 @@ impl Desk {
         while let Ok(errand) = queue.recv() {
             match errand {
                 Errand::Consider(welcome) => {
-                    let verdict = self.consider(welcome);
+                    let verdict = self.consider(welcome, say);
                     self.tell_notes(say);
                     say(FromTrainer::Considered(verdict));
                 }
@@ -217,7 +220,7 @@ impl Desk {
 
     // --- the plan ---
 
-    fn consider(&mut self, welcome: Box<Welcome>) -> Result<RowCounts, Leave> {
+    fn consider(&mut self, welcome: Box<Welcome>, say: &dyn Fn(FromTrainer)) -> Result<RowCounts, Leave> {
         if welcome.learning.train.mode == Mode::Central && !self.share_rows {
             return Err(Leave::NotAllowed(
                 "the run is of mode \"central\", which sends encoded training rows to the coordinator, and their owner \
@@ -225,7 +228,7 @@ impl Desk {
                     .to_owned(),
             ));
         }
-        let data = self.open_data(&welcome).map_err(|error| Leave::DataUnfit(sentence(&error)))?;
+        let data = self.open_data(&welcome).map_err(|error| Leave::DataUnfit(tell_owner(error, say)))?;
         let counts = RowCounts { training: data.training_rows(), held_out: data.held_out_rows() };
         self.encoded = None;
         self.read = Some(Read { welcome, data });
@@ -266,6 +269,7 @@ impl Desk {
             Err(Undone::Cancelled) => {}
             Err(Undone::Failed(failure)) => say(FromTrainer::Failed { task, failure }),
             Err(Undone::Unfit(sentence)) => say(FromTrainer::Unfit { sentence }),
+            Err(Undone::Data(error)) => say(FromTrainer::Unfit { sentence: tell_owner(error, say) }),
         }
     }
 
@@ -447,6 +451,12 @@ fn made(examples: u64) -> Made {
 
 fn filled(made: Made, payload: Vec<u8>) -> (Made, Vec<u8>) {
     (Made { hash: Hash::of(&payload), bytes: payload.len() as u64, ..made }, payload)
+}
+
+/// Tells the data's owner what is wrong with them, and gives the sentence for the coordinator: cells stay here.
+fn tell_owner(error: DataError, say: &dyn Fn(FromTrainer)) -> String {
+    say(FromTrainer::Misfit(sentence(&error)));
+    sentence(&error.without_cells())
 }
 
 /// An error and what it rests on, as one sentence of bounded length.
