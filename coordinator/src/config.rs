@@ -284,8 +284,11 @@ impl Settings {
     }
 
     fn out_of_range(&self, error: PlanError) -> ConfigError {
-        let place = self.0.get(error.key).map_or_else(|| "config".to_owned(), |setting| setting.place.clone());
-        ConfigError::Value { place, key: error.key.to_owned(), got: error.got, expected: error.expected }
+        // As it was written, which the operator can look for; a default has a form of its own.
+        let setting = self.0.get(error.key);
+        let place = setting.map_or_else(|| "config".to_owned(), |setting| setting.place.clone());
+        let got = setting.map_or(error.got, |setting| setting.written.clone());
+        ConfigError::Value { place, key: error.key.to_owned(), got, expected: error.expected }
     }
 
     fn data(&self) -> Result<DataSpec, ConfigError> {

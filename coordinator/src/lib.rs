@@ -228,7 +228,8 @@ impl Began {
             // A caller that does not wait for it does not mind.
             let _ = listening.send(Bound { address, http: http_address, invitation });
         }
-        let (page, status) = watch::channel(StatusPage::default());
+        let (figures, status) = (from.checkpoint.figures, Some(machine.status()));
+        let (page, status) = watch::channel(StatusPage { listening: false, address: Some(address), status, figures });
         let helpers = Helpers::spawn(sockets, self.registrar, self.telemetry, status)?;
         let exit_when_done = options.settings.exit_when_done;
         let (door, show, jobs) = (Arc::clone(&helpers.door), self.show, workshop.jobs);

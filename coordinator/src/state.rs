@@ -59,6 +59,12 @@ pub enum StateError {
         /// The directory.
         path: PathBuf,
     },
+    /// It, or what it should be in, is a file.
+    #[error("{}: not a directory; give another with --state", path.display())]
+    NotADirectory {
+        /// The path.
+        path: PathBuf,
+    },
     /// Something else lives there.
     #[error("{}: not a coordinator's state directory ({got}); give an empty or new one with --state", path.display())]
     NotOurs {
@@ -68,7 +74,7 @@ pub enum StateError {
         got: String,
     },
     /// A newer build wrote it.
-    #[error("{}: state of version {got}, this program reads version {FORMAT_VERSION}; update it", path.display())]
+    #[error("{}: state of version {got}, this program reads version {FORMAT_VERSION}; update it, or give another --state", path.display())]
     Newer {
         /// The directory.
         path: PathBuf,
@@ -178,8 +184,12 @@ impl StateDir {
 
 /// Makes the directory (mode 0700), its parents too, unless it is there.
 fn make_private_dir(path: &Path) -> Result<(), StateError> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(StateError::io(path, "create"))?;
-    Ok(())
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
+            StateError::NotADirectory { path: path.to_owned() }
+        }
+        _ => StateError::io(path, "create")(error),
+    })
 }
 
 /// Whether the directory is fresh; an error if it is not ours.
@@ -270,9 +280,9 @@ pub(crate) fn write_durably_with(
         .create_new(true)
         .mode(0o600)
         .open(&aside)
-        .map_err(StateError::io(&aside, "create"))?;
-    write(&mut file).map_err(StateError::io(&aside, "write"))?;
-    file.sync_all().map_err(StateError::io(&aside, "sync"))?;
+        .map_err(StateError::io(path, "create"))?;
+    write(&mut file).map_err(StateError::io(path, "write"))?;
+    file.sync_all().map_err(StateError::io(path, "sync"))?;
     fs::rename(&aside, path).map_err(StateError::io(path, "rename to"))?;
     sync_parent(path)
 }

@@ -18,7 +18,8 @@ use std::sync::Arc;
 use protocol::federation::{Checkpoint, Event};
 use protocol::ids::RunId;
 use protocol::limits::{MODEL_BYTES_MAX, SCHEMA_BYTES_MAX};
-use protocol::plan::{LearningPlan, Plan};
+use protocol::plan::{BatchSize, LearningPlan, ModelSpec, Plan, Strategy};
+use serde_json::json;
 
 use crate::state::{StateDir, StateError, read_small, sync_parent, write_durably, write_durably_with};
 
@@ -284,18 +285,37 @@ fn read_plan(run: &Path) -> Result<LearningPlan, StateError> {
     serde_json::from_slice(&bytes).map_err(|error| StateError::damaged(&path, error))
 }
 
+/// What an operator wrote who left a key out.
+const NOT_GIVEN: &str = "not given";
+
 /// The first value that is not the same: its key, and a sentence with both values.
 fn difference(before: &LearningPlan, now: &LearningPlan) -> Option<(String, String)> {
-    let value = |plan| serde_json::to_value(plan).unwrap_or_default();
-    let (before, now) = (leaves("", &value(before)), leaves("", &value(now)));
+    let (before, now) = (leaves("", &as_config(before)), leaves("", &as_config(now)));
     let other = |key: &String, all: &[(String, String)]| {
-        all.iter().find(|(k, _)| k == key).map_or_else(|| "nothing".to_owned(), |(_, value)| value.clone())
+        all.iter().find(|(k, _)| k == key).map_or_else(|| NOT_GIVEN.to_owned(), |(_, value)| value.clone())
     };
     let keys = before.iter().chain(&now).map(|(key, _)| key);
     let changed = keys.filter(|key| other(key, &before) != other(key, &now));
-    // A larger number of rounds alone is no other plan, so it is named last.
-    let key = changed.clone().find(|key| *key != "train.rounds").or_else(|| changed.clone().next())?;
+    // Another kind decides which other keys there are. More rounds alone are no other plan, so they are named last.
+    let key = changed.min_by_key(|key| (*key == "train.rounds", !key.ends_with(".kind")))?;
     Some((key.clone(), format!("{key} was {}, is {}", other(key, &before), other(key, &now))))
+}
+
+/// The plan as a config file says it.
+fn as_config(plan: &LearningPlan) -> serde_json::Value {
+    let mut value = serde_json::to_value(plan).unwrap_or_default();
+    value["model"] = match &plan.model {
+        ModelSpec::Linear => json!({ "kind": "linear" }),
+        ModelSpec::Mlp { hidden } => json!({ "kind": "mlp", "hidden": hidden }),
+    };
+    value["train"]["batch_size"] = match plan.train.batch_size {
+        BatchSize::Rows(rows) => json!(rows),
+        BatchSize::Full => json!("full"),
+    };
+    value["strategy"] = match plan.strategy {
+        Strategy::FedAvg => json!({ "kind": "fedavg" }),
+    };
+    value
 }
 
 fn leaves(prefix: &str, value: &serde_json::Value) -> Vec<(String, String)> {
@@ -307,6 +327,7 @@ fn leaves(prefix: &str, value: &serde_json::Value) -> Vec<(String, String)> {
                 leaves(&key, value)
             })
             .collect(),
+        serde_json::Value::Null => vec![(prefix.to_owned(), NOT_GIVEN.to_owned())],
         other => vec![(prefix.to_owned(), other.to_string())],
     }
 }
@@ -475,8 +496,10 @@ mod tests {
             difference
         };
         assert_eq!(refused(|l| l.train.learning_rate = 0.1), "train.learning_rate was 0.05, is 0.1");
-        assert_eq!(refused(|l| l.data.label = Some("y".into())), "data.label was null, is \"y\"");
+        assert_eq!(refused(|l| l.data.label = Some("y".into())), "data.label was not given, is \"y\"");
         assert_eq!(refused(|l| l.train.rounds = 3), "train.rounds was 30, is 3");
+        assert_eq!(refused(|l| l.model = ModelSpec::Linear), "model.kind was \"mlp\", is \"linear\"");
+        assert_eq!(refused(|l| l.train.batch_size = BatchSize::Full), "train.batch_size was 32, is \"full\"");
         let both = refused(|l| (l.train.rounds, l.train.seed) = (31, 8));
         assert_eq!(both, "train.seed was 7, is 8");
     }

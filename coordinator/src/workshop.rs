@@ -541,7 +541,11 @@ fn outcome_of(error: &MergeError, ids: &BTreeMap<String, WorkerId>) -> SurveyOut
                 lacking.entry(name).or_default().push(format!("{column:?}"));
             }
             let told = |columns: Vec<String>| {
-                format!("the data lack {}, which most of the fleet have; add it or drop it for all", columns.join(", "))
+                let (noun, it) = if columns.len() == 1 { ("column", "it") } else { ("columns", "them") };
+                format!(
+                    "the data lack {noun} {}, which most of the fleet have; add {it}, or drop {it} for all with data.drop",
+                    columns.join(", ")
+                )
             };
             unfit(lacking.into_iter().map(|(name, columns)| (name, told(columns))).collect())
         }
