@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -38,6 +39,8 @@ pub struct Running {
     stdout: Receiver<String>,
     seen: VecDeque<String>,
     stderr: Arc<Mutex<String>>,
+    /// Ends when all of stderr is in `stderr`.
+    listening: Option<JoinHandle<()>>,
 }
 
 /// What a process that has ended said.
@@ -156,14 +159,14 @@ impl Running {
         std::thread::spawn(move || out.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
         let stderr = Arc::new(Mutex::new(String::new()));
         let (err, kept) = (BufReader::new(child.stderr.take().unwrap()), Arc::clone(&stderr));
-        std::thread::spawn(move || {
+        let listening = std::thread::spawn(move || {
             for line in err.lines().map_while(Result::ok) {
                 let mut kept = kept.lock().unwrap();
                 kept.push_str(&line);
                 kept.push('\n');
             }
         });
-        Self { name: name.to_owned(), child, stdout, seen: VecDeque::new(), stderr }
+        Self { name: name.to_owned(), child, stdout, seen: VecDeque::new(), stderr, listening: Some(listening) }
     }
 
     /// The next JSON line whose `event` is `event`; what comes before it is passed over.
@@ -248,6 +251,7 @@ impl Running {
             }
         }
         let status = self.wait_until(deadline);
+        self.listening.take().into_iter().for_each(|listening| listening.join().unwrap());
         let lines: Vec<_> = std::mem::take(&mut self.seen).into();
         Said { code: status.code(), stdout: lines.join("\n"), stderr: self.stderr() }
     }

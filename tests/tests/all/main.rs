@@ -1,6 +1,9 @@
 //! Every test of whole programs and of files that are no code, in one binary.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod commandline;
+mod config;
+mod csv;
 mod deploy;
 mod monitoring;
 mod network;
