@@ -130,6 +130,8 @@ struct Gates {
     /// Up to this one, everything is durable.
     synced: EventNo,
     waiting: VecDeque<(EventNo, Act)>,
+    /// What nobody who looks on was told yet.
+    untold: VecDeque<(EventNo, Event)>,
 }
 
 /// A worker with a live session.
@@ -297,24 +299,30 @@ impl Fleet {
 
     fn append(&mut self, event: Event) {
         self.gates.appended += 1;
+        let no = EventNo(self.gates.appended);
         if event.is_commit() {
-            self.gates.unsynced = Some(EventNo(self.gates.appended));
+            self.gates.unsynced = Some(no);
             self.seen.commit = Some(Instant::now());
         }
-        self.world.door.telemetry.saw(&event);
-        self.world.show.saw(&event);
-        let is_turn = matches!(
-            event,
-            Event::Notice(Notice::Stage { .. } | Notice::Ready { .. } | Notice::Gone { .. } | Notice::Paused(_))
-        );
         if event.is_fact() {
-            if let Event::Committed { figures, .. } = &event {
-                self.world.page.send_modify(|page| page.figures = Some(**figures));
-            }
-            self.job(Job::Append(event));
+            self.job(Job::Append(event.clone()));
         }
-        if is_turn {
-            self.show_page();
+        self.gates.untold.push_back((no, event));
+        self.tell();
+    }
+
+    /// Tells people and programs what happened, in order, up to a commit that is not durable yet.
+    fn tell(&mut self) {
+        while let Some(event) = self.gates.tellable() {
+            self.world.door.telemetry.saw(&event);
+            self.world.show.saw(&event);
+            match event {
+                Event::Committed { figures, .. } => self.world.page.send_modify(|page| page.figures = Some(*figures)),
+                Event::Notice(
+                    Notice::Stage { .. } | Notice::Ready { .. } | Notice::Gone { .. } | Notice::Paused(_),
+                ) => self.show_page(),
+                _ => {}
+            }
         }
     }
 
@@ -538,6 +546,7 @@ impl Fleet {
         metrics.checkpoint_bytes.set(lossy(bytes));
         self.seen.checkpoint = Some(Instant::now());
         self.gates.synced = no;
+        self.tell();
         while let Some(act) = self.gates.released() {
             self.act(act);
         }
@@ -631,6 +640,12 @@ impl Gates {
                 None
             }
         }
+    }
+
+    /// The next event that may be told: a commit only once it is durable, and nothing that came after it before.
+    fn tellable(&mut self) -> Option<Event> {
+        let (no, event) = self.untold.front()?;
+        if event.is_commit() && *no > self.synced { None } else { self.untold.pop_front().map(|(_, event)| event) }
     }
 
     /// The next act whose gate has opened, in the order in which they were decided.
@@ -773,6 +788,19 @@ mod tests {
         gates.synced = EventNo(5);
         assert_eq!(gates.released(), Some(end(BOB)));
         assert!(gates.hold(Gate::Synced(EventNo(5)), end(BOB)).is_some());
+    }
+
+    #[test]
+    fn a_commit_is_told_once_it_is_durable_and_what_follows_it_after_it() {
+        let commit = Event::Finished { evaluation: EvaluationSummary::default() };
+        let mut gates = Gates::default();
+        gates.untold.extend([(EventNo(1), Event::Voided), (EventNo(2), commit.clone()), (EventNo(3), Event::Voided)]);
+        assert_eq!(gates.tellable(), Some(Event::Voided));
+        assert_eq!(gates.tellable(), None);
+        gates.synced = EventNo(2);
+        assert_eq!(gates.tellable(), Some(commit));
+        assert_eq!(gates.tellable(), Some(Event::Voided));
+        assert_eq!(gates.tellable(), None);
     }
 
     #[test]

@@ -285,7 +285,8 @@ impl Show {
 
     /// Tells what an event tells.
     pub fn saw(&mut self, event: &Event) {
-        if self.is_over {
+        // A commit may become durable while goodbyes are said.
+        if self.is_over && !matches!(event, Event::Committed { .. }) {
             return;
         }
         match event {
