@@ -241,6 +241,7 @@ impl Fleet {
                 _ = look.tick() => self.look_around(),
                 () = &mut shutdown, if !stopped => {
                     stopped = true;
+                    self.world.show.say("going away; everything is kept");
                     self.input(Input::Stop);
                 }
             }
