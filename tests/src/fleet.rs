@@ -91,7 +91,10 @@ impl Fleet {
         let runs = self.runs();
         assert_eq!(runs.len(), 1, "{runs:?}");
         let entries = std::fs::read_dir(&runs[0]).unwrap().map(|entry| entry.unwrap().path());
-        let is_checkpoint = |path: &PathBuf| path.file_name().unwrap().to_string_lossy().starts_with("checkpoint-");
+        // One that is still being written has an ending.
+        let is_checkpoint = |path: &PathBuf| {
+            path.file_name().unwrap().to_string_lossy().starts_with("checkpoint-") && path.extension().is_none()
+        };
         let mut checkpoints: Vec<_> = entries.filter(is_checkpoint).collect();
         checkpoints.sort();
         checkpoints

@@ -201,6 +201,8 @@ impl Running {
     pub fn until_stderr(&mut self, text: &str) {
         let deadline = Instant::now() + PATIENCE;
         while !self.stderr().contains(text) {
+            let ended = self.listening.as_ref().is_none_or(JoinHandle::is_finished);
+            assert!(!ended || self.stderr().contains(text), "ended without {text:?}: {}", self.told());
             assert!(Instant::now() < deadline, "no {text:?} on stderr of {}", self.told());
             std::thread::park_timeout(Duration::from_millis(5));
         }
