@@ -55,6 +55,23 @@ pub enum Note {
         /// The column.
         column: String,
     },
+    /// A column with numbers and so many words that they are no mistakes.
+    #[error(
+        "{path}: column {column:?} has {words} words among {numbers} numbers, the first on line {line}, and is taken as \
+         text; if they mean that a value is missing, leave those cells empty"
+    )]
+    Mixed {
+        /// The file.
+        path: String,
+        /// The column.
+        column: String,
+        /// Cells that are words.
+        words: u64,
+        /// Cells that are numbers.
+        numbers: u64,
+        /// Where the first word is.
+        line: u64,
+    },
     /// Text of which nearly every cell is another one: it says who a row is about, so none of it is sent.
     #[error(
         "{path}: column {column:?} is text that is mostly unique ({distinct} values in {rows} rows); nothing of it is sent"
@@ -97,6 +114,7 @@ impl Dataset {
             return Err(DataError::NoLabels { path: table.path().to_owned(), label });
         }
         notes.extend(left_out(&table, labelled.len()));
+        notes.extend(mixed(&table, spec, &label));
         let (training, held_out) = split(labelled, spec.validation_fraction, seed, name);
         let dataset = Self { table, label, spec: spec.clone(), training, held_out, notes };
         dataset.check_label()?;
@@ -228,6 +246,18 @@ fn absent(table: &Table, spec: &DataSpec) -> Vec<Note> {
     let named = named.into_iter().flat_map(|(key, columns)| columns.iter().map(move |column| (key, column)));
     let absent = named.filter(|(_, column)| table.column(column).is_none());
     absent.map(|(key, column)| Note::NotThere { path: table.path().to_owned(), key, column: column.clone() }).collect()
+}
+
+/// Columns that are mostly numbers and are taken as text all the same, where nobody asked for it.
+fn mixed(table: &Table, spec: &DataSpec, label: &str) -> Vec<Note> {
+    let asked = |column: &&Column| column.name == label || spec.categorical.contains(&column.name);
+    let features = table.columns().iter().filter(|column| !asked(column));
+    let mixed = features.filter_map(|column| {
+        let (words, numbers, line) = column.mostly_numbers()?;
+        let (path, column) = (table.path().to_owned(), column.name.clone());
+        Some(Note::Mixed { path, column, words, numbers, line })
+    });
+    mixed.collect()
 }
 
 fn left_out(table: &Table, labelled: usize) -> Vec<Note> {

@@ -183,6 +183,12 @@ impl Column {
         }
     }
 
+    /// How many words and how many numbers, and the first word's line, if there are both and fewer words.
+    pub(crate) fn mostly_numbers(&self) -> Option<(u64, u64, u64)> {
+        let first = self.first_word.as_ref().filter(|_| self.words < self.numbers)?;
+        Some((self.words, self.numbers, first.line))
+    }
+
     /// The first cell that is a word, and its line.
     pub(crate) fn first_word(&self) -> Option<(u64, &str)> {
         self.first_word.as_ref().map(|odd| (odd.line, odd.text.as_str()))

@@ -182,6 +182,20 @@ fn what_stands_in_a_cell_can_be_left_out_of_a_sentence() {
 }
 
 #[test]
+fn numbers_with_many_words_among_them_are_text_and_the_owner_is_told() {
+    let text = "bmi,y\n20.5,0\n21,1\nnan,0\nnan,1\n23,0\n";
+    let shards = Shards::new();
+    let data = shards.dataset("f", text).unwrap();
+    let [note] = data.notes() else { panic!("{:?}", data.notes()) };
+    let told = note.to_string();
+    let sentence = "f.csv: column \"bmi\" has 2 words among 3 numbers, the first on line 4, and is taken as text; if they \
+                    mean that a value is missing, leave those cells empty";
+    assert!(told.ends_with(sentence), "{told}");
+    let asked = Shards::with(|spec| spec.categorical = vec!["bmi".into()]);
+    assert!(asked.dataset("f", text).unwrap().notes().is_empty());
+}
+
+#[test]
 fn a_number_that_no_float_holds_is_refused() {
     assert_eq!(
         Shards::new().refusal("a,y\n1,0\n1e400,1\n2,0\n"),
