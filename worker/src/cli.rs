@@ -157,7 +157,12 @@ fn work(args: RunArgs) -> Result<(), WorkerError> {
 }
 
 fn options(args: RunArgs, report: Report) -> Result<Options, WorkerError> {
-    let home = state_home()?.join("tributary");
+    let home = match (&args.state, &args.join) {
+        // Then nothing is looked for there.
+        (Some(_), Some(_)) => state_home().unwrap_or_default(),
+        _ => state_home()?,
+    };
+    let home = home.join("tributary");
     let state = args.state.map_or_else(|| StatePlace::Under(home.join("worker")), StatePlace::Here);
     let join = args.join.as_deref().map(|text| invitation(text, io::stdin().lock())).transpose()?;
     let data = args.data.expect("clap requires --data where no subcommand is given");

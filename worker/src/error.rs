@@ -27,7 +27,7 @@ pub enum WorkerError {
     #[error(transparent)]
     File(#[from] FileError),
     /// There is no home directory to keep the state under.
-    #[error("neither XDG_STATE_HOME nor HOME is an absolute path; name a directory with --state")]
+    #[error("neither XDG_STATE_HOME nor HOME is an absolute path; say --state DIR and --join INVITATION")]
     NoHome,
     /// What `--join` names cannot be read.
     #[error("{place}: the invitation cannot be read")]
