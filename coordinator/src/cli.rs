@@ -46,11 +46,11 @@ struct RunArgs {
     config: Option<PathBuf>,
 
     /// Where workers come in (UDP)
-    #[arg(long, value_name = "ADDRESS", env = "TRIBUTARY_LISTEN", default_value = "0.0.0.0:4433")]
+    #[arg(long, value_name = "ADDRESS", env = "TRIBUTARY_LISTEN", default_value = "0.0.0.0:4433", value_parser = parse_address)]
     listen: SocketAddr,
 
     /// Where /metrics, /healthz, /readyz and /status are served (TCP)
-    #[arg(long, value_name = "ADDRESS", env = "TRIBUTARY_HTTP", default_value = "127.0.0.1:9464")]
+    #[arg(long, value_name = "ADDRESS", env = "TRIBUTARY_HTTP", default_value = "127.0.0.1:9464", value_parser = parse_address)]
     http: SocketAddr,
 
     /// How many rounds to train
@@ -182,6 +182,11 @@ pub fn state_home() -> Result<PathBuf, NoHome> {
     let home = set("XDG_STATE_HOME").filter(|path| path.is_absolute());
     let home = home.or_else(|| set("HOME").map(|home| home.join(".local/state"))).ok_or(NoHome)?;
     Ok(home.join("tributary"))
+}
+
+/// An address of this machine, which needs no name.
+fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "expected IP:PORT, such as 0.0.0.0:4433, 127.0.0.1:9464 or [::]:4433".to_owned())
 }
 
 /// `90`, `90s`, `15m`, `12h` or `7d`; at least a second, at most ten years.

@@ -220,13 +220,9 @@ impl Settings {
         })?;
         for (section, table) in document.into_inner() {
             let at = place(section.span().start);
-            let DeValue::Table(table) = table.into_inner() else {
-                return Err(unknown(at, &section.into_inner()));
-            };
+            let written = &text[table.span()];
             let section = section.into_inner();
-            if table.is_empty() && !KEYS.iter().any(|key| key.split_once('.').is_some_and(|(s, _)| s == section)) {
-                return Err(unknown(at, &section));
-            }
+            let table = keys_of(at, &section, written, table.into_inner())?;
             for (key, value) in table {
                 let place = place(key.span().start);
                 let full = format!("{section}.{}", key.into_inner());
@@ -347,6 +343,26 @@ impl Settings {
             deadline: deadline.map_err(|_| self.refuse("rounds.deadline_s", "1 to 604800 seconds"))?,
             durability: self.choose("rounds.durability", &[("round", Durability::Round)])?.unwrap_or_default(),
         })
+    }
+}
+
+/// The keys of a section, if the value is one and there is such a section.
+fn keys_of<'a>(place: String, section: &str, written: &str, value: DeValue<'a>) -> Result<DeTable<'a>, ConfigError> {
+    let names = || KEYS.iter().filter_map(|key| key.split_once('.'));
+    let known = names().any(|(known, _)| known == section);
+    match value {
+        DeValue::Table(table) if known || !table.is_empty() => Ok(table),
+        // `rounds` is a section and, more likely where a value stands, a key of another.
+        _ if !known || names().any(|(_, key)| key == section) => Err(unknown(place, section)),
+        _ => {
+            let (key, got) = (section.to_owned(), written.to_owned());
+            Err(ConfigError::Value {
+                place,
+                key,
+                got,
+                expected: format!("a section: [{section}] in a line of its own"),
+            })
+        }
     }
 }
 
@@ -510,6 +526,7 @@ mod tests {
             "run.toml:3: unknown key train.learning_rat; did you mean train.learning_rate?"
         );
         assert_eq!(refused("[train]\nquorum = 1"), "run.toml:2: unknown key train.quorum; did you mean rounds.quorum?");
+        assert_eq!(refused("batch_size = 3"), "run.toml:1: unknown key batch_size; did you mean train.batch_size?");
         assert_eq!(refused("rounds = 3"), "run.toml:1: unknown key rounds; did you mean train.rounds?");
         assert_eq!(refused("\n[zzzzzzzzzz]\n"), "run.toml:2: unknown key zzzzzzzzzz");
         assert_eq!(refused("[model]\nq7 = 1"), "run.toml:2: unknown key model.q7");

@@ -69,10 +69,10 @@ fn failed(error: &dyn StdError, status: u8) -> ExitCode {
     ExitCode::from(status)
 }
 
-/// Log lines go where lines for a person go; `RUST_LOG` says how many.
+/// Log lines go where lines for a person go; `TRIBUTARY_LOG` says how many.
 fn log_to(look: Look) {
     let filter =
-        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("tributary_coordinator=info,warn"));
+        EnvFilter::try_from_env("TRIBUTARY_LOG").unwrap_or_else(|_| EnvFilter::new("tributary_coordinator=info,warn"));
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_target(false).without_time();
     // Nobody else sets one in this process.
     let _ = subscriber.with_writer(move || LogWriter(look.clone())).try_init();
