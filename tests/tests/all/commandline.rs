@@ -4,9 +4,11 @@ use std::fs::{self, File};
 use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::{Duration, SystemTime};
 
 use learning::{ColumnSchema, Encoding, SavedModel, Schema, Target};
 use protocol::evaluation::EvaluationSummary;
+use protocol::invitation::Invitation;
 use protocol::plan::ModelSpec;
 use tributary_tests::{Home, Running, Said, data, ended_well};
 
@@ -40,7 +42,11 @@ fn a_command_line_that_is_misused_is_status_2_with_help() {
     let home = Home::new();
     for (binary, args, sentence) in [
         ("coordinator", &["--lisen", "0.0.0.0:1"][..], "unexpected argument '--lisen' found"),
-        ("coordinator", &["--listen", "here"], "invalid value 'here' for '--listen <ADDRESS>'"),
+        (
+            "coordinator",
+            &["--listen", "here"],
+            "invalid value 'here' for '--listen <ADDRESS>': expected IP:PORT, such as 0.0.0.0:4433",
+        ),
         ("coordinator", &["--rounds", "many"], "invalid value 'many' for '--rounds <N>'"),
         ("coordinator", &["invit"], "unrecognized subcommand 'invit'"),
         ("coordinator", &["revoke"], "the following required arguments were not provided"),
@@ -136,6 +142,26 @@ fn a_port_that_is_taken_is_named_with_what_to_do() {
 }
 
 // --- state directories ---
+
+#[test]
+fn without_a_home_a_place_must_be_said() {
+    let home = Home::new();
+    home.write("shard.csv", data::classes(1, 20));
+    let start = |binary: &str, args: &[&str]| {
+        let mut command = home.command(binary);
+        let homeless = command.env_remove("HOME").env_remove("XDG_STATE_HOME").args(args);
+        Running::start(binary, homeless, Stdio::null())
+    };
+    let sentence = "neither XDG_STATE_HOME nor HOME is set, so there is no default state directory: give --state DIR";
+    assert_eq!(refusal(&start("coordinator", &["workers"]).end(), 2), sentence);
+    let sentence = "neither XDG_STATE_HOME nor HOME is an absolute path; say --state DIR and --join INVITATION";
+    assert_eq!(refusal(&start("worker", &["--data", "shard.csv"]).end(), 1), sentence);
+
+    let listen = home.address().to_string();
+    let mut coordinator = start("coordinator", &["--listen", &listen, "--state", "c"]);
+    coordinator.until_stderr("listening on");
+    start("worker", &["--data", "shard.csv", "--state", "w", "--join", "@c/join", "--json"]).until("joined");
+}
 
 /// The two binaries, each with what its state's format file says, and a command line that needs the state.
 const STATES: [(&str, &str, &[&str]); 2] = [
@@ -303,6 +329,67 @@ fn an_invitation_that_was_mangled_says_how() {
     let said = home.run("worker", &["--data", "shard.csv", "--join", "@nowhere.txt"]);
     let sentence = "nowhere.txt: the invitation cannot be read: No such file or directory (os error 2)";
     assert_eq!(refusal(&said, 1), sentence);
+}
+
+#[test]
+fn an_invitation_that_is_good_no_more_says_why() {
+    let home = Home::new();
+    let mut coordinator = home.coordinator(&[]);
+    coordinator.until("listening");
+    let address = home.address().to_string();
+    let invite = |args: &[&str]| {
+        let mut all = vec!["invite", "--address", &address];
+        all.extend(args);
+        ended_well(home.start("coordinator", &all)).stdout.trim().to_owned()
+    };
+    for name in ["first", "second"] {
+        home.write(&format!("{name}.csv"), data::classes(1, 20));
+    }
+    let refused = |join: &str| refusal(&home.run("worker", &["--data", "second.csv", "--join", join]), 1);
+
+    let once = invite(&["--uses", "1"]);
+    home.worker("first.csv", &["--join", &once]).until("joined");
+    assert_eq!(refused(&once), "the invitation has been used up; ask for a new one (coordinator invite --uses N)");
+    home.worker("first.csv", &["--join", &once]).until("joined");
+
+    let brief = invite(&["--expires", "1s"]);
+    let until = brief.parse::<Invitation>().unwrap().expires_unix_s.unwrap();
+    let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    while now() <= until {
+        std::thread::park_timeout(Duration::from_millis(50));
+    }
+    assert_eq!(refused(&brief), "the invitation has expired; ask for a new one (coordinator invite)");
+
+    let forged = Invitation { token: [7; 16], ..once.parse().unwrap() }.to_string();
+    let sentence = "the coordinator does not know this invitation; ask for a new one (coordinator invite)";
+    assert_eq!(refused(&forged), sentence);
+
+    drop(coordinator);
+    let mut other = home.coordinator(&["--state", "anew"]);
+    other.until("listening");
+    let foreign = refused(&once);
+    let sentence = format!(
+        "the invitation is of another coordinator than the one at {address}; ask that one's operator for an invitation \
+         (coordinator invite): "
+    );
+    assert!(foreign.starts_with(&sentence), "{foreign}");
+}
+
+#[test]
+fn a_worker_that_is_shut_out_ends_and_stays_out() {
+    let home = Home::new();
+    let mut coordinator = home.coordinator(&[]);
+    coordinator.until("listening");
+    home.write("shard.csv", data::classes(1, 20));
+    let mut worker = home.worker("shard.csv", &[]);
+    worker.until("joined");
+    let sentence = refusal(&home.run("coordinator", &["revoke", "shrad"]), 1);
+    assert_eq!(sentence, "no worker is called \"shrad\"; see coordinator workers");
+    ended_well(home.start("coordinator", &["revoke", "shard"]));
+    let sentence = "this worker's key was revoked; remove its state directory and ask for a new invitation";
+    assert_eq!(refusal(&worker.end(), 1), sentence);
+    assert_eq!(refusal(&home.run("worker", &["--data", "shard.csv"]), 1), sentence);
+    assert!(coordinator.runs());
 }
 
 #[test]

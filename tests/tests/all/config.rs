@@ -15,7 +15,9 @@ const REFUSED: &[(&str, &str)] = &[
         "run.toml:3: unknown key train.learning_rat; did you mean train.learning_rate?",
     ),
     ("[train]\nquorum = 0.5\n", "run.toml:2: unknown key train.quorum; did you mean rounds.quorum?"),
+    ("train = 3\n", "run.toml:1: train is 3, expected a section: [train] in a line of its own"),
     ("rounds = 3\n", "run.toml:1: unknown key rounds; did you mean train.rounds?"),
+    ("batch_size = 3\n", "run.toml:1: unknown key batch_size; did you mean train.batch_size?"),
     ("[trian]\nrounds = 3\n", "run.toml:2: unknown key trian.rounds; did you mean train.rounds?"),
     (
         "[train]\nrounds = \"many\"\n",
