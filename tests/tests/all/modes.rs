@@ -297,7 +297,7 @@ fn the_search_finds_what_is_there(canaries: &Canaries, state: &Path, rows: &[u8]
 
 #[test]
 fn after_a_power_cut_the_rows_are_shared_again_and_the_model_is_the_same() {
-    let config = config("central", "mlp", "label").replace("rounds = 4", "rounds = 8");
+    let config = config("central", "mlp", "label").replace("rounds = 4", "rounds = 60");
     let undisturbed = Fleet::new(&config, crate::runs::two()).train(&["--share-rows"]);
     let fleet = Fleet::new(&config, crate::runs::two());
     let mut coordinator = fleet.coordinator(&["--exit-when-done"]);

@@ -104,6 +104,26 @@ fn the_lines_of_a_regression_have_every_field_of_the_contract() {
 }
 
 #[test]
+fn a_worker_says_what_its_own_file_calls_the_label() {
+    let [(_, first), (_, second)] = two();
+    let fleet = Fleet::new(
+        &format!("[data]\nlabel = \"label\"\n{SMALL}"),
+        [("a", first), ("b", second.replacen("label", "outcome", 1))],
+    );
+    let mut coordinator = fleet.coordinator(&["--exit-when-done"]);
+    coordinator.until("listening");
+    let said = fleet.worker("b", &[]).end();
+    assert_eq!(said.code, Some(1), "{}", said.stderr);
+    assert!(said.stderr.contains("\"label\"") && said.stderr.contains("outcome"), "{}", said.stderr);
+    let workers = [fleet.worker("a", &[]), fleet.worker("b", &["--label", "outcome"])];
+    workers.into_iter().for_each(|worker| drop(ended_well(worker)));
+    assert_eq!(
+        ended_well(coordinator).lines("done")[0]["model_hash"],
+        Fleet::new(&format!("[data]\nlabel = \"label\"\n{SMALL}"), two()).train(&[]).done["model_hash"]
+    );
+}
+
+#[test]
 fn a_worker_that_finds_no_coordinator_any_more_keeps_trying_and_says_so_once() {
     let fleet = Fleet::new(SMALL, [("a", data::classes(1, 100))]);
     fleet.train(&[]);

@@ -1,15 +1,18 @@
 //! What survives: killed and stopped processes, restarts with the same and with other settings, damaged checkpoints.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use serde_json::Value;
 use tributary_tests::{Fleet, Running, Said, data, ended_well};
 
 use crate::runs::{SMALL, two};
 
-/// Rounds long enough to be killed in: a few dozen milliseconds each.
+/// Rounds long enough to be killed in, and so many that no run is over before it is killed.
 const SLOW: &str =
-    "[model]\nkind = \"linear\"\n[train]\nrounds = 8\nlocal_epochs = 20\nbatch_size = 16\n[rounds]\nquorum = 1.0\n";
+    "[model]\nkind = \"linear\"\n[train]\nrounds = 50\nlocal_epochs = 10\nbatch_size = 16\n[rounds]\nquorum = 1.0\n";
+const ROUNDS: usize = 50;
+const MORE_ROUNDS: usize = 55;
 
 const END: &[&str] = &["--exit-when-done"];
 
@@ -17,9 +20,13 @@ fn slow() -> Fleet {
     Fleet::new(SLOW, two())
 }
 
-/// The model that nobody disturbed.
-fn undisturbed() -> Value {
-    slow().train(&[]).done["model_hash"].clone()
+/// The model after this round if nobody disturbs the fleet.
+fn undisturbed_after(round: usize) -> &'static Value {
+    static LINES: OnceLock<Vec<Value>> = OnceLock::new();
+    let run = || Fleet::new(&SLOW.replace("rounds = 50", "rounds = 55"), two()).train(&[]).rounds;
+    let lines = LINES.get_or_init(run);
+    assert_eq!(lines.len(), MORE_ROUNDS);
+    &lines[round - 1]["model_hash"]
 }
 
 fn round_of(line: &Value) -> u64 {
@@ -66,12 +73,41 @@ fn model_after_kills_at(rounds: &[u64]) -> Value {
 
 #[test]
 fn a_killed_coordinator_goes_on_and_ends_with_the_same_model() {
-    assert_eq!(model_after_kills_at(&[1]), undisturbed());
+    assert_eq!(&model_after_kills_at(&[1]), undisturbed_after(ROUNDS));
 }
 
 #[test]
 fn a_coordinator_that_is_killed_again_and_again_ends_with_the_same_model() {
-    assert_eq!(model_after_kills_at(&[1, 2, 3, 5, 6]), undisturbed());
+    assert_eq!(&model_after_kills_at(&[1, 2, 3, 5, 8]), undisturbed_after(ROUNDS));
+}
+
+#[test]
+fn a_coordinator_killed_while_it_commits_ends_with_the_same_model() {
+    let fleet = slow();
+    let workers = fleet.workers(&[]);
+    for _ in 0..4 {
+        let mut coordinator = fleet.coordinator(END);
+        coordinator.until_where("stage", |line| line["stage"] == "committing");
+        coordinator.kill();
+    }
+    let said = ended_well(fleet.coordinator(END));
+    assert_eq!(&said.lines("done")[0]["model_hash"], undisturbed_after(ROUNDS));
+    workers.into_iter().for_each(|worker| drop(ended_well(worker)));
+}
+
+#[test]
+fn a_coordinator_that_comes_back_elsewhere_is_found_by_the_workers_of_its_machine() {
+    let fleet = slow();
+    let mut workers = fleet.workers(&[]);
+    let line = down_after(&fleet, 2, Running::kill);
+    workers.iter_mut().for_each(Running::kill);
+    let workers = fleet.workers(&[]);
+    let config = fleet.home().path("run.toml").display().to_string();
+    let args = ["--config", &config, "--listen", "127.0.0.1:0", "--min-workers", "2", "--json", "--exit-when-done"];
+    let said = ended_well(fleet.home().start("coordinator", &args));
+    goes_on(&line, &said);
+    assert_ne!(said.lines("listening")[0]["address"], fleet.home().address().to_string());
+    workers.into_iter().for_each(|worker| drop(ended_well(worker)));
 }
 
 #[test]
@@ -85,7 +121,7 @@ fn a_coordinator_killed_before_the_first_round_ends_with_the_same_model() {
     }
     let said = ended_well(fleet.coordinator(END));
     workers.into_iter().for_each(|worker| drop(ended_well(worker)));
-    assert_eq!(said.lines("done")[0]["model_hash"], undisturbed());
+    assert_eq!(&said.lines("done")[0]["model_hash"], undisturbed_after(ROUNDS));
 }
 
 #[test]
@@ -100,7 +136,7 @@ fn a_killed_worker_comes_back_and_the_model_is_the_same() {
         killed = fleet.worker("b", &[]);
     }
     let done = coordinator.until("done");
-    assert_eq!(done["model_hash"], undisturbed());
+    assert_eq!(&done["model_hash"], undisturbed_after(ROUNDS));
     [steady, killed, coordinator].into_iter().for_each(|process| drop(ended_well(process)));
 }
 
@@ -119,7 +155,7 @@ fn a_worker_killed_while_it_surveys_or_trains_comes_back_and_the_model_is_the_sa
     killed.until_where("round", |line| line["kind"] == "update");
     killed.kill();
     killed = fleet.worker("b", &[]);
-    assert_eq!(ended_well(coordinator).lines("done")[0]["model_hash"], undisturbed());
+    assert_eq!(&ended_well(coordinator).lines("done")[0]["model_hash"], undisturbed_after(ROUNDS));
     [steady, killed].into_iter().for_each(|process| drop(ended_well(process)));
 }
 
@@ -141,7 +177,7 @@ fn stopped_by(signal: &str) {
     goes_on(&last, &said);
     assert_eq!(round_of(&said.lines("listening")[0]), round_of(&last), "nothing was lost and nothing came after");
     workers.into_iter().for_each(|worker| drop(ended_well(worker)));
-    assert_eq!(said.lines("done")[0]["model_hash"], undisturbed());
+    assert_eq!(&said.lines("done")[0]["model_hash"], undisturbed_after(ROUNDS));
 }
 
 #[test]
@@ -199,7 +235,7 @@ fn a_flipped_bit_in_the_newest_checkpoint_is_found_and_the_one_before_is_used() 
     let name = newest.file_name().unwrap().to_string_lossy().into_owned();
     let loud = said.stderr.lines().find(|line| line.contains(&name)).unwrap_or_else(|| panic!("{}", said.stderr));
     assert!(loud.contains("damaged"), "{loud}");
-    assert_eq!(said.lines("done")[0]["model_hash"], undisturbed());
+    assert_eq!(&said.lines("done")[0]["model_hash"], undisturbed_after(ROUNDS));
     workers.into_iter().for_each(|worker| drop(ended_well(worker)));
 }
 
@@ -221,13 +257,12 @@ fn more_rounds_go_on_and_give_the_model_of_a_run_that_had_them_from_the_start() 
     let fleet = slow();
     let workers = fleet.workers(&[]);
     let line = down_after(&fleet, 2, Running::kill);
-    let said = ended_well(fleet.coordinator(&["--exit-when-done", "--rounds", "10"]));
+    let said = ended_well(fleet.coordinator(&["--exit-when-done", "--rounds", "55"]));
     goes_on(&line, &said);
     workers.into_iter().for_each(|worker| drop(ended_well(worker)));
     let done = &said.lines("done")[0];
-    assert_eq!(done["rounds"], 10);
-    let from_the_start = Fleet::new(&SLOW.replace("rounds = 8", "rounds = 10"), two()).train(&[]);
-    assert_eq!(done["model_hash"], from_the_start.done["model_hash"]);
+    assert_eq!(done["rounds"], MORE_ROUNDS);
+    assert_eq!(&done["model_hash"], undisturbed_after(MORE_ROUNDS));
 }
 
 #[test]
@@ -247,7 +282,7 @@ fn another_plan_is_refused_by_name_until_a_new_run_is_asked_for() {
     let said = ended_well(fleet.coordinator(&["--exit-when-done", "--new-run"]));
     assert_ne!(said.lines("listening")[0]["run"], former);
     assert_eq!(round_of(&said.lines("round")[0]), 1);
-    assert_eq!(said.lines("done")[0]["rounds"], 8);
+    assert_eq!(said.lines("done")[0]["rounds"], ROUNDS);
     workers.into_iter().for_each(|worker| drop(ended_well(worker)));
     assert_eq!(fleet.runs().len(), 2, "the former run is kept");
 }
@@ -259,7 +294,7 @@ fn fewer_rounds_than_before_are_another_plan() {
     down_after(&fleet, 1, Running::kill);
     let said = fleet.coordinator(&["--exit-when-done", "--rounds", "7"]).end();
     assert_eq!(said.code, Some(2), "{}", said.stderr);
-    assert!(said.stderr.contains("train.rounds was 8, is 7"), "{}", said.stderr);
+    assert!(said.stderr.contains("train.rounds was 50, is 7"), "{}", said.stderr);
 }
 
 #[test]
@@ -284,14 +319,13 @@ fn a_finished_run_is_told_again_at_once_or_followed_by_a_new_one() {
 
 #[test]
 fn a_worker_that_joins_later_takes_part() {
-    let fleet = Fleet::new(&SLOW.replace("quorum = 1.0", "quorum = 0.5"), two());
+    let fleet = Fleet::new(SMALL, two());
     fleet.home().write("late.csv", data::classes(3, 200));
-    let mut coordinator = fleet.coordinator(END);
-    let workers = fleet.workers(&[]);
+    let mut coordinator = fleet.coordinator(&["--rounds", "100000"]);
+    let _workers = fleet.workers(&[]);
     coordinator.until("round");
-    let late = fleet.worker("late", &[]);
+    let _late = fleet.worker("late", &[]);
     coordinator.until_where("round", |line| line["workers"] == 3);
-    workers.into_iter().chain([late, coordinator]).for_each(|process| drop(ended_well(process)));
 }
 
 #[test]
@@ -309,4 +343,80 @@ fn a_state_directory_has_one_live_owner() {
     assert_eq!(said.code, Some(1), "{}", said.stderr);
     assert!(said.stderr.contains(&format!("in use by a live worker (process {})", worker.id())), "{}", said.stderr);
     assert!(worker.runs() && coordinator.runs());
+}
+
+/// Rounds that go on without a worker that takes too long: it is held up, not gone.
+fn impatient(quorum: f64) -> (Fleet, Running, Vec<Running>) {
+    let fleet = Fleet::new(&format!("{SMALL}[rounds]\nquorum = {quorum:?}\ndeadline_s = 1\n"), two());
+    let mut coordinator = fleet.coordinator(&["--rounds", "100000"]);
+    let workers = fleet.workers(&[]);
+    coordinator.until("round");
+    workers[1].signal("STOP");
+    (fleet, coordinator, workers)
+}
+
+#[test]
+fn a_late_worker_is_not_waited_for_past_the_deadline_and_may_come_back() {
+    let (_fleet, mut coordinator, workers) = impatient(0.5);
+    let alone = coordinator.until_where("round", |line| line["workers"] == 1);
+    assert!(alone["seconds"].as_f64().unwrap() >= 1.0, "it was given its time: {alone}");
+    workers[1].signal("CONT");
+    coordinator.until_where("round", |line| line["workers"] == 2);
+}
+
+#[test]
+fn under_quorum_the_run_pauses_and_says_for_whom_it_waits() {
+    let (_fleet, mut coordinator, workers) = impatient(1.0);
+    assert_eq!(coordinator.until("paused")["reason"], "waiting for b");
+    assert!(coordinator.stderr().contains("goes on past its deadline, under quorum (3 of 3)"));
+    workers[1].signal("CONT");
+    coordinator.until("resumed");
+    coordinator.until_where("round", |line| line["workers"] == 2);
+}
+
+#[test]
+fn updates_too_large_for_one_message_survive_kills_too() {
+    let config =
+        SLOW.replace("kind = \"linear\"", "kind = \"mlp\"\nhidden = [300, 200]").replace("epochs = 10", "epochs = 1");
+    let config = config.replace("rounds = 50", "rounds = 10");
+    let undisturbed = Fleet::new(&config, two()).train(&[]);
+    let fleet = Fleet::new(&config, two());
+    let workers = fleet.workers(&[]);
+    let mut last = None;
+    for round in [1, 2] {
+        last = Some(down_after(&fleet, round, Running::kill));
+    }
+    let said = ended_well(fleet.coordinator(END));
+    goes_on(&last.unwrap(), &said);
+    assert_eq!(said.lines("done")[0]["model_hash"], undisturbed.done["model_hash"]);
+    workers.into_iter().for_each(|worker| drop(ended_well(worker)));
+}
+
+#[test]
+fn a_coordinator_killed_in_the_last_evaluation_or_after_it_leaves_the_same_model() {
+    for (event, field, value) in [("stage", "stage", "evaluating"), ("done", "event", "done")] {
+        let fleet = Fleet::new(SMALL, two());
+        let mut coordinator = fleet.coordinator(END);
+        let mut workers = fleet.workers(&[]);
+        coordinator.until_where(event, |line| line[field] == value);
+        coordinator.kill();
+        workers.iter_mut().for_each(Running::kill);
+        let told = Fleet::new(SMALL, two()).train(&[]);
+        let again = fleet.coordinator(END);
+        let workers = fleet.workers(&[]);
+        let said = ended_well(again);
+        assert_eq!(said.lines("done")[0]["model_hash"], told.done["model_hash"], "{value}: {}", said.stdout);
+        assert_eq!(said.lines("done")[0]["eval"], told.done["eval"]);
+        assert!(fleet.home().state().join("model/model.json").is_file());
+        drop(workers);
+    }
+}
+
+#[test]
+fn a_worker_that_waits_for_a_coordinator_ends_when_it_is_told_to() {
+    let fleet = Fleet::new(SMALL, two());
+    let mut worker = fleet.worker("a", &[]);
+    worker.until("waiting");
+    worker.signal("TERM");
+    assert_eq!(ended_well(worker).lines("stopped").len(), 1);
 }
