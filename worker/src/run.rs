@@ -71,7 +71,10 @@ pub enum Outcome {
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<Outcome, WorkerError> {
     let mut shutdown = pin!(shutdown);
     let state = State::open(&options.state, &options.data, options.name.as_ref())?;
-    let table = read_table(&options).await?;
+    let table = tokio::select! {
+        table = read_table(&options) => table?,
+        () = &mut shutdown => return stopped(&options.report),
+    };
     let client = Client::bind(ClientOptions { taps: options.hooks.taps.clone(), ..ClientOptions::default() })?;
     let enroller = Arc::new(Enroller {
         client,
