@@ -118,6 +118,20 @@ fn a_file_that_changes_while_it_is_read_is_refused() {
     assert_eq!(refusal(&worker.end(), 1), sentence);
 }
 
+#[test]
+fn reading_a_long_file_can_be_stopped() {
+    let home = Home::new();
+    home.write("long.csv", "x,y,label\n".to_owned() + &"1,2,0\n3,4,1\n".repeat(1_000_000));
+    let mut worker = home.start("worker", &["--data", "long.csv"]);
+    // Signals are listened to before the state is made, and the state is made before the file is read.
+    while !home.path("tributary/worker/long/lock").exists() {
+        assert!(worker.runs(), "{}", worker.stderr());
+        std::thread::park_timeout(Duration::from_millis(1));
+    }
+    worker.signal("INT");
+    assert_eq!(ended_well(worker).stderr, "stopped; everything is kept\n");
+}
+
 /// Files that the plan below has no use for, and the whole sentence about each.
 const UNFIT: &[(&str, &str, &str)] = &[
     (
