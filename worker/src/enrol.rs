@@ -17,6 +17,7 @@ use transport::{Client, CloseCode, Trust};
 use crate::enrolments::{Enrolment, EnrolmentError, Enrolments, Token};
 use crate::files::{self, FileError};
 use crate::link::{Call, Greeted, LinkError, greet};
+use crate::options::Hooks;
 use crate::report::{Line, Report};
 use crate::state::Keys;
 
@@ -76,6 +77,7 @@ pub(crate) struct Enroller {
     /// Whether the user gave an invitation, so that the default place is not looked at.
     pub(crate) invited: bool,
     pub(crate) report: Report,
+    pub(crate) hooks: Hooks,
 }
 
 impl Enroller {
@@ -192,17 +194,19 @@ impl Enroller {
     /// Asks once, and keeps what was granted.
     async fn ask(&self, invitation: &Invitation) -> Result<Enrolment, AskError> {
         let ed25519 = self.keys.identity.public();
-        let request = EnrolRequest { token: invitation.token, name: self.name.clone(), ed25519 };
+        let request = encode(&EnrolRequest { token: invitation.token, name: self.name.clone(), ed25519 });
+        self.hooks.see(|| &request);
         let call = Call {
             addresses: &invitation.addresses,
             trust: Trust::Fingerprint(invitation.ca_sha256),
             identity: None,
             role: Role::Join,
             coordinator: &invitation.coordinator_x25519,
-            payload: &encode(&request),
+            payload: &request,
         };
         let Greeted { connection, ca, payload, .. } = greet(&self.client, &self.keys, call).await?;
         connection.close(CloseCode::Done, "");
+        self.hooks.see(|| &payload);
         match decode(&payload).map_err(LinkError::from)? {
             EnrolAnswer::Refused(refusal) => Err(AskError::Refused(refusal)),
             EnrolAnswer::Granted { name, certificate, expires_unix_s } => {

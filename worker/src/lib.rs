@@ -25,6 +25,6 @@ pub use enrol::EnrolError;
 pub use error::WorkerError;
 pub use files::FileError;
 pub use link::LinkError;
-pub use options::{Hooks, OnOffer, OnSignature, Options};
+pub use options::{Hooks, OnOffer, OnPlain, OnSignature, Options};
 pub use predict::{PredictError, predict};
 pub use run::{Outcome, run};

@@ -62,15 +62,29 @@ pub type OnOffer = Arc<dyn Fn(&mut Manifest, &mut Vec<u8>) + Send + Sync>;
 /// Changes a signature.
 pub type OnSignature = Arc<dyn Fn(&mut [u8; 64]) + Send + Sync>;
 
+/// Sees bytes.
+pub type OnPlain = Arc<dyn Fn(&[u8]) + Send + Sync>;
+
 /// Where tests look in and interfere. No flag and no variable of the environment reaches these.
 #[derive(Clone, Default)]
 pub struct Hooks {
     /// See what travels.
     pub taps: Taps,
+    /// See everything that is sealed as it was before, and everything that came sealed as it is once it is open.
+    pub on_plain: Option<OnPlain>,
     /// Change a manifest and its payload before the manifest is signed.
     pub on_offer: Option<OnOffer>,
     /// Change a manifest's signature.
     pub on_signature: Option<OnSignature>,
+}
+
+impl Hooks {
+    /// Shows plaintext, which is made only if somebody wants to see it.
+    pub(crate) fn see<B: AsRef<[u8]>>(&self, plaintext: impl FnOnce() -> B) {
+        if let Some(see) = &self.on_plain {
+            see(plaintext().as_ref());
+        }
+    }
 }
 
 impl fmt::Debug for Hooks {

@@ -84,6 +84,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         default_join: options.default_join.clone(),
         invited: options.join.is_some(),
         report: options.report.clone(),
+        hooks: options.hooks.clone(),
     });
     let enrolment = tokio::select! {
         enrolment = enroller.settle(options.join.as_ref()) => enrolment?,
@@ -308,6 +309,7 @@ impl Shell {
             self.say_joined();
         }
         if let Some(link) = &self.link {
+            self.hooks.see(|| encode(&message));
             link.send(message);
         }
     }
@@ -360,6 +362,8 @@ impl Shell {
             Ok(stream) => stream,
             Err(error) => return link.connection.close(CloseCode::Internal, &error.to_string()),
         };
+        self.hooks.see(|| encode(&upload));
+        self.hooks.see(|| payload);
         let sending = transfer::upload(link.connection.clone(), number, sealer, upload, payload.clone());
         tokio::spawn(async move {
             // The coordinator stops what it no longer wants, and the end of the connection is reported elsewhere.
@@ -395,6 +399,7 @@ impl Shell {
                 }
             }
             Happening::Downloaded(number, content, kind, bytes) if number == self.link_number => {
+                self.hooks.see(|| &bytes);
                 self.contents.keep(&content, kind, bytes);
                 self.begin_if_whole();
             }
@@ -445,6 +450,7 @@ impl Shell {
     }
 
     fn said(&mut self, message: ToWorker) -> Result<(), WorkerError> {
+        self.hooks.see(|| encode(&message));
         match &message {
             ToWorker::Welcome(welcome) => {
                 self.receipts = Some(ReceiptLog::open(&self.receipt_directory, welcome.run)?);
