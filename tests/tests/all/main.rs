@@ -1,6 +1,7 @@
 //! Every test of whole programs and of files that are no code, in one binary.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod canary;
 mod commandline;
 mod config;
 mod csv;
