@@ -339,6 +339,21 @@ mod tests {
     }
 
     #[test]
+    fn a_full_fleet_takes_nobody_and_keeps_who_is_in() {
+        let mut registry = invited(0, None);
+        let first = registry.enrol(&applicant(1, "shard"), 9).unwrap();
+        for n in registry.workers.len()..WORKERS_MAX {
+            let mut id = [0; 16];
+            id[..8].copy_from_slice(&(n as u64).to_le_bytes());
+            let name = format!("w{n}").parse().unwrap();
+            registry.workers.insert(WorkerId(id), Worker { id: WorkerId(id), name, ..first.clone() });
+        }
+        assert_eq!(registry.workers.len(), WORKERS_MAX);
+        assert_eq!(registry.enrol(&applicant(2, "other"), 9), Err(EnrolRefusal::Full));
+        assert_eq!(registry.enrol(&applicant(1, "shard"), 9).unwrap(), first);
+    }
+
+    #[test]
     fn invitations_are_bounded_and_the_expired_go_first() {
         let mut registry = invited(1, None);
         for n in 0..INVITATIONS_MAX {

@@ -6,6 +6,7 @@ mod stage;
 use std::sync::Arc;
 
 use protocol::ids::{Hash, TaskId};
+use protocol::limits::MODEL_BYTES_MAX;
 use protocol::messages::{EnrolAnswer, EnrolRefusal, FromWorker, Leave, Manifest, Refusal, TaskKind, ToWorker};
 use protocol::plan::Mode;
 use stage::{Stage, plan};
@@ -161,6 +162,25 @@ async fn a_model_that_is_not_the_announced_one_is_never_used() {
     peer.assign_as(UPDATE, TaskKind::Update, &frozen, Some((&model, frozen.model_hash()))).await;
     assert_eq!(peer.closed().await, Some(CloseCode::SessionFailed));
     let mut peer = stage.join(plan(Mode::Federated)).await;
+    peer.assign_update(UPDATE, &frozen).await;
+    peer.take_offer().await;
+    peer.finish().await;
+    worker.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_longer_than_announced_or_than_any_is_given_up() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let frozen = peer.survey(SURVEY).await;
+    let honest = frozen.weights.len() as u64;
+    for announced in [honest - 1, honest + 1, MODEL_BYTES_MAX + 1] {
+        peer.assign_announced(UPDATE, &frozen, announced).await;
+        assert_eq!(peer.closed().await, Some(CloseCode::SessionFailed), "{announced} bytes announced");
+        peer = stage.join(plan(Mode::Federated)).await;
+    }
     peer.assign_update(UPDATE, &frozen).await;
     peer.take_offer().await;
     peer.finish().await;

@@ -472,6 +472,7 @@ fn a_dishonest_survey_or_schema_is_refused() {
     }
     assert!(Survey::from_bytes(&[&survey[..], &[0]].concat()).is_err());
     assert!(Survey::from_bytes(&vec![0; (16 << 20) + 1]).is_err());
+    assert!(Schema::from_bytes(&vec![0; (16 << 20) + 1]).is_err());
     let mut swapped = survey.clone();
     let at = swapped.windows(2).position(|w| w == b"\x01g").unwrap();
     swapped[at + 1] = b'z';

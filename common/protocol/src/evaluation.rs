@@ -281,4 +281,14 @@ mod tests {
         };
         assert_eq!(nan.check(), Err(EvaluationError::NotFinite));
     }
+
+    #[test]
+    fn scores_of_one_class_too_many_are_refused() {
+        let of = |classes: usize| {
+            let none = ClassScores { positives: Histogram(Vec::new()), negatives: Histogram(Vec::new()) };
+            Evaluation::Classification { loss_sum: 0.0, count: 0, correct: 0, scores: vec![none; classes] }.check()
+        };
+        assert_eq!(of(HISTOGRAM_CLASSES_MAX), Ok(()));
+        assert_eq!(of(HISTOGRAM_CLASSES_MAX + 1), Err(EvaluationError::Classes { got: HISTOGRAM_CLASSES_MAX + 1 }));
+    }
 }

@@ -188,7 +188,23 @@ mod tests {
         assert_eq!(Layout::new(vec![tensor("w", &[0])]), Err(LayoutError::Shape { name: "w".into() }));
         let huge = Layout::new(vec![tensor("w", &[u32::MAX, u32::MAX, u32::MAX])]);
         assert_eq!(huge, Err(LayoutError::Bytes { got: u64::MAX }));
-        assert!(Layout::new(vec![tensor(&"n".repeat(TENSOR_NAME_LEN_MAX + 1), &[1])]).is_err());
+    }
+
+    #[test]
+    fn each_limit_may_be_reached_and_not_passed() {
+        let many = |count: usize| Layout::new((0..count).map(|n| tensor(&n.to_string(), &[1])).collect());
+        assert!(many(TENSORS_MAX).is_ok());
+        assert_eq!(many(TENSORS_MAX + 1), Err(LayoutError::Count { got: TENSORS_MAX + 1 }));
+        let named = |length: usize| Layout::new(vec![tensor(&"n".repeat(length), &[1])]);
+        assert!(named(TENSOR_NAME_LEN_MAX).is_ok());
+        assert!(matches!(named(TENSOR_NAME_LEN_MAX + 1), Err(LayoutError::Name { .. })));
+        let deep = |dimensions: usize| Layout::new(vec![tensor("w", &vec![1; dimensions])]);
+        assert!(deep(TENSOR_DIMENSIONS_MAX).is_ok());
+        assert_eq!(deep(TENSOR_DIMENSIONS_MAX + 1), Err(LayoutError::Shape { name: "w".into() }));
+        let most = u32::try_from(MODEL_BYTES_MAX / 4).unwrap();
+        assert!(Layout::new(vec![tensor("w", &[most])]).is_ok());
+        let over = Layout::new(vec![tensor("w", &[most]), tensor("b", &[1])]);
+        assert_eq!(over, Err(LayoutError::Bytes { got: MODEL_BYTES_MAX + 4 }));
     }
 
     #[test]

@@ -360,6 +360,17 @@ impl Peer<'_> {
         self.say(ToWorker::Assigned(Box::new(assigned))).await;
     }
 
+    /// Assigns an update whose model is announced with this length.
+    pub(crate) async fn assign_announced(&mut self, task: TaskId, frozen: &Frozen, bytes: u64) {
+        let schema = frozen.schema.to_bytes();
+        let schema = Some(self.stream(&schema, Hash::of(&schema)).await);
+        let model = self.stream(&frozen.weights, frozen.model_hash()).await;
+        let model = Some(ContentRef { bytes, ..model });
+        let layout = frozen.network.layout().fingerprint();
+        let assigned = Assigned { task, round: 1, kind: TaskKind::Update, schema, model, layout, weight_shift: 0 };
+        self.say(ToWorker::Assigned(Box::new(assigned))).await;
+    }
+
     /// Streams a content, before the control message that names it.
     async fn stream(&mut self, content: &[u8], hash: Hash) -> ContentRef {
         self.contents += 1;
