@@ -5,11 +5,12 @@
 //!
 //! Every limit that a peer can step past has a test one past it. Here: frames, records, control messages, versions of a
 //! Hello, sentences, streams at once, contents that are not read, and the times for greeting and enrolment. In
-//! `updates.rs`: surveys and rows. In the crates: connections, handshakes and streams (`transport/tests/loopback.rs`),
-//! frames and records by their headers (`transport`), records of a stream, stream numbers and messages
-//! (`protocol/tests/session.rs`), classes and bins of an evaluation (`protocol/src/evaluation.rs`), updates of a sum and
-//! of a round (`protocol/src/sum.rs`, `federation/tests.rs`), tensors (`protocol/src/layout.rs`), a schema
-//! (`learning/src/schema.rs`), workers and invitations (`coordinator/src/registry.rs`).
+//! `updates.rs`: surveys, rows and the counts of rows. In the crates: connections, handshakes and streams
+//! (`transport/tests/loopback.rs`), frames and records by their headers (`transport`), records of a stream, stream
+//! numbers and messages (`protocol/tests/session.rs`), classes and bins of an evaluation (`protocol/src/evaluation.rs`),
+//! updates of a sum (`protocol/src/sum.rs`), tasks of a round and of a worker (`federation/tests.rs`), tensors
+//! (`protocol/src/layout.rs`), a schema (`learning/tests/data.rs`), a model at the worker (`worker/tests/loopback.rs`),
+//! an invitation (`protocol/src/invitation.rs`), workers and invitations (`coordinator/src/registry.rs`).
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};

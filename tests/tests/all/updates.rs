@@ -9,7 +9,7 @@ use certs::{IdentityKey, keys};
 use data_encoding::HEXLOWER;
 use protocol::ids::{Hash, RunId, TaskId, WorkerId};
 use protocol::layout::to_bytes;
-use protocol::limits::{ROWS_BYTES_MAX, SURVEY_BYTES_MAX};
+use protocol::limits::{EXAMPLES_MAX, ROWS_BYTES_MAX, SURVEY_BYTES_MAX};
 use protocol::messages::{Encoding, Manifest, Refusal, Signed, TaskKind, encode};
 use protocol::session::sign::{MANIFEST_CONTEXT, RECEIPT_CONTEXT, verify};
 use protocol::sum::Ring;
@@ -37,7 +37,7 @@ const fn cheat(
 const WEIGHT_MAX: u32 = Ring::weighted().weight_max;
 
 /// Every way to cheat that a manifest or a payload has.
-const CHEATS: [Cheat; 22] = [
+const CHEATS: [Cheat; 23] = [
     cheat("wrong_run", |m, _| m.run = RunId([9; 16]), |_, _| Refusal::WrongRun),
     cheat("wrong_worker", |m, _| m.worker = WorkerId([9; 16]), |_, _| Refusal::WrongWorker),
     // Tasks are given in the order of names: the one before is cleo's.
@@ -60,6 +60,7 @@ const CHEATS: [Cheat; 22] = [
     cheat("wrong_weight", |m, _| m.weight = 0, |_, m| weight(m)),
     cheat("wrong_weight", |m, _| m.weight = WEIGHT_MAX + 1, |_, m| weight(m)),
     cheat("wrong_metrics", |m, _| m.metrics.train_loss = Some(f64::NAN), |_, _| Refusal::WrongMetrics),
+    cheat("wrong_metrics", |m, _| m.examples = EXAMPLES_MAX + 1, |_, _| Refusal::WrongMetrics),
     // The last: what is said again and again when the list is over.
     cheat("wrong_signature", |_, _| (), |_, _| Refusal::WrongSignature),
 ];
