@@ -167,6 +167,12 @@ impl LiveFleet {
         }
     }
 
+    /// Waits until the series is at least `exactly`, which it then is: figures follow what they tell of.
+    pub fn assert_metric(&self, series: &str, exactly: f64) {
+        self.until_metric(series, exactly);
+        assert_eq!(self.metric(series), exactly, "{series}");
+    }
+
     /// What a worker of this process reported so far.
     #[must_use]
     pub fn lines(&self, name: &str) -> Vec<Line> {

@@ -19,8 +19,8 @@ use protocol::session::{
     BroadcastOpener, Established, Flag, Initiator, MessageAssembler, Opener, Sealer, Session, StaticSecret, prologue,
 };
 use transport::{
-    Alpn, Client, ClientOptions, ConnectError, Connection, Ended, Frame, FrameError, RecvStream, SendStream, Taps,
-    Target, TlsIdentity, Trust,
+    Alpn, Client, ClientOptions, Connection, Ended, Frame, FrameError, RecvStream, SendStream, Taps, Target,
+    TlsIdentity, Trust,
 };
 
 /// Somebody with an invitation.
@@ -79,8 +79,8 @@ impl Stranger {
         self.invitation.addresses[0].parse().unwrap()
     }
 
-    /// Connects; TLS may fail.
-    pub async fn try_call(&self, alpn: Alpn, identity: Option<TlsIdentity>) -> Result<Call, ConnectError> {
+    /// Connects. TLS must succeed; what comes of the connection is told if it is over already.
+    pub async fn try_call(&self, alpn: Alpn, identity: Option<TlsIdentity>) -> Result<Call, Ended> {
         let target = Target {
             addresses: vec![self.address()],
             server_name: SERVER_NAME.to_owned(),
@@ -88,8 +88,8 @@ impl Stranger {
             identity,
             alpn,
         };
-        let connected = self.client.connect(&target).await?;
-        let (send, receive) = connected.connection.open_control().await.unwrap();
+        let connected = self.client.connect(&target).await.unwrap();
+        let (send, receive) = connected.connection.open_control().await?;
         Ok(Call { connection: connected.connection, exporter: connected.exporter, send, receive })
     }
 
