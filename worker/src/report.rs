@@ -193,6 +193,8 @@ impl fmt::Display for Line {
             Self::Receipt { round, .. } => write!(f, "round {round}: receipt, the update is in the model"),
             Self::Refused { task, reason } => write!(f, "task {task}: not accepted: {reason}"),
             Self::Stopped => f.write_str("stopped; everything is kept"),
+            // Of a run of mode "central", or one that was over when we came.
+            Self::Done { receipts: 0, .. } => f.write_str("done: the run is over"),
             Self::Done { receipts, .. } => write!(f, "done: {receipts} updates of this worker are in the model"),
         }
     }
@@ -287,5 +289,11 @@ mod tests {
     fn the_last_line_of_a_program_is_done() {
         let line = Line::Done { model_hash: Hash([0; 32]), receipts: 2 };
         assert!(serde_json::to_string(&line).unwrap().starts_with("{\"event\":\"done\",\"model_hash\":\"0000"));
+        assert_eq!(line.to_string(), "done: 2 updates of this worker are in the model");
+    }
+
+    #[test]
+    fn who_came_too_late_for_an_update_is_not_told_that_none_is_in_the_model() {
+        assert_eq!(Line::Done { model_hash: Hash([0; 32]), receipts: 0 }.to_string(), "done: the run is over");
     }
 }
