@@ -55,7 +55,7 @@ pub enum WorkerError {
     #[error("this worker's key was revoked; remove its state directory and ask for a new invitation")]
     Revoked,
     /// The coordinator has forgotten this worker.
-    #[error("{0}: the coordinator does not know this worker; ask for a new invitation and start with --join")]
+    #[error("{0}: the coordinator does not know this worker; remove its state directory and ask for a new invitation")]
     Unknown(String),
     /// The coordinator accuses this worker of what no honest one does: a bug, or a hand in between.
     #[error("the coordinator ended the connection for good: {0}")]
