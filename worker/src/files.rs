@@ -80,9 +80,11 @@ fn remove(path: &Path) -> Result<(), FileError> {
     }
 }
 
-/// Makes a directory of mode 0700 and those above it.
+/// Makes a directory of mode 0700 and those above it; durable on return, so that what is synced in it is found again.
 pub(crate) fn make_directory(path: &Path) -> Result<(), FileError> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|e| FileError::new(path, "create", e))
+    let missing: Vec<&Path> = path.ancestors().take_while(|above| !above.exists()).collect();
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|e| FileError::new(path, "create", e))?;
+    missing.into_iter().try_for_each(|made| sync_directory(parent(made)))
 }
 
 /// Makes the entries of a directory durable.
