@@ -70,11 +70,11 @@ pub enum Outcome {
 /// What is wrong.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<Outcome, WorkerError> {
     let mut shutdown = pin!(shutdown);
-    let state = State::open(&options.state, &options.data, options.name.as_ref())?;
     let table = tokio::select! {
         table = read_table(&options) => table?,
         () = &mut shutdown => return stopped(&options.report),
     };
+    let state = State::open(&options.state, &options.data, options.name.as_ref())?;
     let client = Client::bind(ClientOptions { taps: options.hooks.taps.clone(), ..ClientOptions::default() })?;
     let enroller = Arc::new(Enroller {
         client,
@@ -103,7 +103,7 @@ fn stopped(report: &Report) -> Result<Outcome, WorkerError> {
     Ok(Outcome::Stopped)
 }
 
-/// A file that cannot be used is an error before anybody is asked anything.
+/// A file that cannot be used is an error before anybody is asked anything, and leaves no state directory behind.
 async fn read_table(options: &Options) -> Result<Table, WorkerError> {
     let path = options.data.clone();
     let read = tokio::task::spawn_blocking(move || Table::read(&path));

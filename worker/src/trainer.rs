@@ -155,7 +155,7 @@ struct Desk {
     own_label: Option<String>,
     min_count: u64,
     share_rows: bool,
-    /// The file as it was read first; later plans read it anew.
+    /// The file as it was read first; another plan reads it anew.
     table: Option<Table>,
     read: Option<Read>,
     /// The rows as the schema of this hash encodes them.
@@ -228,9 +228,15 @@ impl Desk {
                     .to_owned(),
             ));
         }
-        let data = self.open_data(&welcome).map_err(|error| Leave::DataUnfit(tell_owner(error, say)))?;
+        let data = match self.read.take() {
+            Some(Read { welcome: last, data }) if same_reading(&last, &welcome) => data,
+            earlier => {
+                // Before the file is read anew: two readings of it need not fit in memory.
+                drop((earlier, self.encoded.take()));
+                self.open_data(&welcome).map_err(|error| Leave::DataUnfit(tell_owner(error, say)))?
+            }
+        };
         let counts = RowCounts { training: data.training_rows(), held_out: data.held_out_rows() };
-        self.encoded = None;
         self.read = Some(Read { welcome, data });
         Ok(counts)
     }
@@ -418,6 +424,11 @@ impl Start<'_> {
         made.metrics.train_loss = Some(loss);
         Ok((made, payload))
     }
+}
+
+/// Whether the data are read for both in the same way: the same plan, under the same name.
+fn same_reading(last: &Welcome, now: &Welcome) -> bool {
+    (&last.learning, &last.name) == (&now.learning, &now.name)
 }
 
 /// A count of rows as a weight: shifted as the plan has it, and held between 1 and this worker's cap.

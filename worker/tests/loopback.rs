@@ -58,6 +58,29 @@ async fn an_enrolled_worker_needs_no_invitation_and_is_not_enrolled_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_cannot_be_used_leaves_no_state_behind() {
+    let stage = Stage::new();
+    stage.write_data("a,b\n");
+    let worker = stage.start(|_| ());
+    assert!(matches!(worker.await.unwrap(), Err(WorkerError::Data(_))));
+    assert!(!stage.state().exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_file_is_not_read_again_for_the_same_plan() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    stage.join(plan(Mode::Federated)).await.close(CloseCode::Internal);
+    stage.write_data("a,b\n");
+    stage.join(plan(Mode::Federated)).await.close(CloseCode::Internal);
+    let mut other = plan(Mode::Federated);
+    other.train.seed += 1;
+    stage.welcome(other).await.hear().await;
+    assert!(matches!(worker.await.unwrap(), Err(WorkerError::Declined(_))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_an_invitation_a_worker_waits_for_the_one_on_this_machine() {
     let stage = Stage::new();
     let worker = stage.start(|options| options.join = None);

@@ -109,6 +109,11 @@ impl Stage {
         self.directory.path().join("join")
     }
 
+    /// Replaces the worker's data file.
+    pub(crate) fn write_data(&self, text: &str) {
+        std::fs::write(self.directory.path().join("shard.csv"), text).unwrap();
+    }
+
     /// The worker's state directory.
     pub(crate) fn state(&self) -> PathBuf {
         self.directory.path().join("worker").join("shard")
