@@ -320,7 +320,11 @@ impl Fleet {
             match event {
                 Event::Committed { figures, .. } => self.world.page.send_modify(|page| page.figures = Some(*figures)),
                 Event::Notice(
-                    Notice::Stage { .. } | Notice::Ready { .. } | Notice::Gone { .. } | Notice::Paused(_),
+                    Notice::Stage { .. }
+                    | Notice::Ready { .. }
+                    | Notice::Gone { .. }
+                    | Notice::Paused(_)
+                    | Notice::Waiting { .. },
                 ) => self.show_page(),
                 _ => {}
             }

@@ -56,6 +56,13 @@ pub enum Line<'a> {
     },
     /// It goes on.
     Resumed,
+    /// Too few workers are in for anything to begin.
+    Waiting {
+        /// How many are in.
+        workers: u32,
+        /// How many it takes.
+        needed: u32,
+    },
     /// The run was given up.
     Aborted {
         /// Why.
@@ -337,6 +344,12 @@ impl Show {
                 self.line(&Line::Resumed);
                 self.say("goes on");
             }
+            Notice::Waiting { have, need } => {
+                self.line(&Line::Waiting { workers: *have, needed: *need });
+                let lacking = need.saturating_sub(*have);
+                let noun = if lacking == 1 { "worker" } else { "workers" };
+                self.say(&format!("waiting for {lacking} more {noun}: {have} of {need} are in"));
+            }
             Notice::Joined { name } => tracing::debug!(%name, "session is up"),
             Notice::Late { name, task } => tracing::debug!(%name, %task, "late offer"),
             Notice::Duplicate { name, task } => tracing::debug!(%name, %task, "repeated offer"),
@@ -392,6 +405,7 @@ impl StatusPage {
             }),
             "waiting_for": status.map(|s| names(&s.waiting_for)),
             "paused": status.and_then(|s| s.paused.clone()),
+            "workers_lacking": status.map(|s| s.workers_lacking),
             "last": self.figures.as_ref().map(Round::from),
         })
     }
@@ -445,6 +459,15 @@ mod tests {
                  \"model_hash\":\"{hash}\",\"model\":\"state/model\"}}"
             )
         );
+    }
+
+    #[test]
+    fn a_run_that_waits_for_workers_says_so() {
+        let captured = Captured::default();
+        let mut show = Show::new(Some(Box::new(captured.clone())), Look::Silent, 30);
+        show.saw(&Event::Notice(Notice::Waiting { have: 2, need: 3 }));
+        let text = String::from_utf8(captured.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text, "{\"event\":\"waiting\",\"workers\":2,\"needed\":3}\n");
     }
 
     #[test]

@@ -493,6 +493,7 @@ impl Telemetry {
             | Notice::Ready { .. }
             | Notice::Gone { .. }
             | Notice::Countdown { .. }
+            | Notice::Waiting { .. }
             | Notice::Resumed => {}
         }
     }

@@ -368,6 +368,13 @@ pub enum Notice {
     Paused(Pause),
     /// It goes on.
     Resumed,
+    /// Too few workers are in for anything to begin.
+    Waiting {
+        /// How many are in.
+        have: u32,
+        /// How many it takes.
+        need: u32,
+    },
 }
 
 /// Why a worker is gone.

@@ -69,6 +69,8 @@ struct Volatile {
     /// The deadline has passed and the last extension with it, or nobody is left to wait for.
     overdue: bool,
     paused: Option<Pause>,
+    /// Too few are in, and so many were when it was last looked: more are told of as they come, fewer are said.
+    lacking: Option<u32>,
     /// The surveys contradict each other: nothing is asked again until the fleet changes.
     blocked: bool,
     /// Somebody came or went since absence was last looked for.
@@ -138,6 +140,8 @@ pub struct Status {
     pub permits_in_use: u32,
     /// Why the run is paused, if it is.
     pub paused: Option<String>,
+    /// How many more workers it takes for anything to begin; 0 while something is under way.
+    pub workers_lacking: u32,
 }
 
 impl Federation {
@@ -208,6 +212,7 @@ impl Federation {
             waiting_for: self.open_tasks().map(|(_, task)| task.name.clone()).collect(),
             permits_in_use: self.volatile.permits_used,
             paused: self.volatile.paused.as_ref().map(ToString::to_string),
+            workers_lacking: self.workers_lacking(),
         }
     }
 

@@ -50,8 +50,10 @@ impl Federation {
 
     fn gather(&mut self) -> bool {
         if self.volatile.blocked || !self.enough_workers() {
+            self.tell_of_lack();
             return false;
         }
+        self.volatile.lacking = None;
         self.volatile.timers.countdown = None;
         self.volatile.begun = true;
         let central = self.plan.learning.train.mode == Mode::Central;
@@ -74,17 +76,13 @@ impl Federation {
     /// With `min_workers`, so many; without, two, and at the first start no third for a while. The last evaluation of
     /// a run that this process has led takes whoever is there.
     fn enough_workers(&mut self) -> bool {
-        let ready = self.ready_workers().count();
-        let last = self.durable.round() >= self.plan.learning.train.rounds;
-        if self.volatile.begun && last {
-            return ready > 0;
-        }
-        if let Some(min) = self.plan.rounds.min_workers {
-            return ready >= usize::try_from(min).unwrap_or(usize::MAX);
-        }
-        if ready < 2 {
+        let (ready, needed) = (self.ready_workers().count(), self.workers_needed());
+        if ready < needed {
             self.volatile.timers.countdown = None;
             return false;
+        }
+        if self.plan.rounds.min_workers.is_some() || needed < 2 {
+            return true;
         }
         if self.volatile.begun || ready > 2 {
             return true;
@@ -98,6 +96,36 @@ impl Federation {
                 self.notice(Notice::Countdown { seconds, workers: 2 });
                 false
             }
+        }
+    }
+
+    /// How many must be in for the next work to begin.
+    fn workers_needed(&self) -> usize {
+        let last = self.durable.round() >= self.plan.learning.train.rounds;
+        match self.plan.rounds.min_workers {
+            _ if self.volatile.begun && last => 1,
+            Some(min) => usize::try_from(min).unwrap_or(usize::MAX),
+            None => 2,
+        }
+    }
+
+    /// How many more workers it takes while the run gathers.
+    pub(super) fn workers_lacking(&self) -> u32 {
+        if !matches!(self.durable.phase, Phase::Gathering) {
+            return 0;
+        }
+        u32::try_from(self.workers_needed().saturating_sub(self.ready_workers().count())).unwrap_or(u32::MAX)
+    }
+
+    /// Says that too few are in: once, and again when there are fewer. Those who come are told of in any case.
+    fn tell_of_lack(&mut self) {
+        let lacking = self.workers_lacking();
+        if self.volatile.blocked || lacking == 0 {
+            return;
+        }
+        let have = u32::try_from(self.ready_workers().count()).unwrap_or(u32::MAX);
+        if self.volatile.lacking.replace(have).is_none_or(|before| have < before) {
+            self.notice(Notice::Waiting { have, need: have.saturating_add(lacking) });
         }
     }
 

@@ -52,6 +52,26 @@ fn a_round_starts_the_moment_the_last_worker_is_in() {
 }
 
 #[test]
+fn too_few_workers_between_rounds_are_said_once_and_again_when_there_are_fewer() {
+    let told = |fleet: &Fleet, have| fleet.noticed(|n| *n == Notice::Waiting { have, need: 3 });
+    let mut fleet = Fleet::new(plan(3, 3), 3);
+    fleet.run_until(|fleet| fleet.stage() == Stage::Committing);
+    assert!(!told(&fleet, 2) && !told(&fleet, 1), "those who come are told of in any case");
+    fleet.kill(2);
+    fleet.run_for(secs(30));
+    assert_eq!((fleet.stage(), fleet.status().workers_lacking), (Stage::Gathering, 1));
+    assert!(told(&fleet, 2) && !told(&fleet, 1));
+    fleet.kill(1);
+    fleet.run_for(secs(30));
+    assert_eq!(fleet.status().workers_lacking, 2);
+    assert!(told(&fleet, 1));
+    fleet.revive(1);
+    fleet.revive(2);
+    fleet.run_to_end();
+    assert_eq!((fleet.rounds(), fleet.status().workers_lacking), (3, 0));
+}
+
+#[test]
 fn without_min_workers_two_wait_ten_seconds_for_a_third() {
     let no_min = || with(plan(1, 1), |p| p.rounds.min_workers = None);
     let mut fleet = Fleet::new(no_min(), 2);
