@@ -208,9 +208,12 @@ impl Sockets {
 
 impl Began {
     async fn run(mut self, options: Options, plan: Plan, shutdown: impl Future<Output = ()>) -> Result<Outcome, Error> {
-        let OpenedRun { dir, from, .. } = self.opened;
+        // The snapshots end here: held on, they would keep a model in memory that nobody needs.
+        let OpenedRun { dir, from, damaged: _, finished: _ } = self.opened;
         let places = Places { run: dir.path().to_owned(), model: self.model_dir };
         let (workshop, done) = Workshop::new(plan.clone(), Box::new(dir), places, &from, self.telemetry.clone())?;
+        let checkpoint = from.checkpoint;
+        drop((from.schema, from.model, from.server));
         let schema = workshop.schema();
         let workshop = workshop.spawn(done)?;
         let spool = fresh_spool(self.state.file("spool"))?;
@@ -218,17 +221,18 @@ impl Began {
         let Sockets { address, http_address, .. } = sockets;
         let invitation = invite_locally(&mut self.registrar, &self.state, address, options.default_join.as_deref())?;
 
-        let machine = Federation::new(plan, from.checkpoint.clone(), self.start);
-        if let Some(figures) = &from.checkpoint.figures {
+        let (figures, frozen) = (checkpoint.figures, checkpoint.frozen);
+        let machine = Federation::new(plan, checkpoint, self.start);
+        self.telemetry.restore(frozen.as_ref(), figures.as_ref());
+        if let Some(figures) = &figures {
             self.show.round(figures);
-            self.telemetry.set_round(figures);
         }
         self.show.listening(address, http_address, &machine.status());
         if let Some(listening) = options.listening {
             // A caller that does not wait for it does not mind.
             let _ = listening.send(Bound { address, http: http_address, invitation });
         }
-        let (figures, status) = (from.checkpoint.figures, Some(machine.status()));
+        let status = Some(machine.status());
         let (page, status) = watch::channel(StatusPage { listening: false, address: Some(address), status, figures });
         let helpers = Helpers::spawn(sockets, self.registrar, self.telemetry, status)?;
         let exit_when_done = options.settings.exit_when_done;

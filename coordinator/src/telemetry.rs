@@ -10,7 +10,7 @@ use std::time::Duration;
 use metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use protocol::evaluation::EvaluationSummary;
-use protocol::federation::{Event, Notice, RoundFigures, Stage, Withdrawal};
+use protocol::federation::{Event, Frozen, Notice, RoundFigures, Stage, Withdrawal};
 use protocol::messages::{Refusal, TaskKind};
 
 /// How often [`Telemetry::upkeep`] wants to be called.
@@ -498,8 +498,18 @@ impl Telemetry {
         }
     }
 
-    /// Shows a committed round: when it commits, and again after a restart.
-    pub fn set_round(&self, figures: &RoundFigures) {
+    /// Shows what a run had come to before this start.
+    pub fn restore(&self, frozen: Option<&Frozen>, figures: Option<&RoundFigures>) {
+        if let Some(frozen) = frozen {
+            self.metrics.model_parameters.set(lossy(frozen.parameters));
+        }
+        if let Some(figures) = figures {
+            self.set_round(figures);
+        }
+    }
+
+    /// Shows a committed round.
+    fn set_round(&self, figures: &RoundFigures) {
         self.metrics.round.set(f64::from(figures.round));
         set_if(&self.metrics.train_loss, figures.train_loss);
         self.set_evaluation(&figures.evaluation);
@@ -574,6 +584,15 @@ mod tests {
         let telemetry = Telemetry::new();
         assert_eq!(telemetry.render(), telemetry.render());
         assert_eq!(telemetry.render(), Telemetry::new().render());
+    }
+
+    #[test]
+    fn the_size_of_the_model_is_shown_again_after_a_restart() {
+        let hash = protocol::ids::Hash([0; 32]);
+        let frozen = Frozen { schema: hash, schema_bytes: 9, layout: hash, parameters: 1234, weight_shift: 0 };
+        let telemetry = Telemetry::new();
+        telemetry.restore(Some(&frozen), None);
+        assert!(telemetry.render().contains("\ntributary_model_parameters 1234\n"));
     }
 
     #[test]

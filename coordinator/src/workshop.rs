@@ -356,14 +356,17 @@ impl Workshop {
         let weights = frame.network.initial(self.plan.learning.train.seed);
         self.server = Some(ServerState::new(&self.plan.learning, frame.parameters()));
         self.frame = Some(frame);
-        let model = self.take_model(&weights)?;
+        let model = self.take_model(weights)?;
         self.seal_all()?;
         Ok(SurveyOutcome::Frozen { frozen: figures, model })
     }
 
-    /// Makes `weights` the newest model.
-    fn take_model(&mut self, weights: &[f32]) -> Result<Hash, WorkshopError> {
-        let raw = to_bytes(weights);
+    /// Makes `weights` the newest model. Each form of it goes before the next one but one is made: a step has room for
+    /// two beside the sum.
+    fn take_model(&mut self, weights: Vec<f32>) -> Result<Hash, WorkshopError> {
+        self.model = Arc::from([]);
+        let raw = to_bytes(&weights);
+        drop(weights);
         let hash = self.frame()?.network.layout().model_hash(&raw);
         (self.model, self.model_hash) = (raw.into(), Some(hash));
         Ok(hash)
@@ -427,11 +430,10 @@ impl Workshop {
         let stepped = step(&self.plan.learning, server, &mut weights, mean);
         sum.clear();
         let input = match stepped {
-            Ok(()) => Input::Stepped { round, model: self.take_model(&weights)?, train_loss: None },
+            Ok(()) => Input::Stepped { round, model: self.take_model(weights)?, train_loss: None },
             Err(error) => Input::StepFailed { round, sentence: error.to_string() },
         };
         self.say(Done::Learned(input));
-        drop(weights);
         self.seal_model()
     }
 
@@ -449,7 +451,7 @@ impl Workshop {
             frame.network.train(&start, rows, &self.plan.learning.train, key, &mut |_| ControlFlow::Continue(()));
         let input = match trained {
             Ok(trained) => {
-                Input::Stepped { round, model: self.take_model(&trained.weights)?, train_loss: Some(trained.loss) }
+                Input::Stepped { round, model: self.take_model(trained.weights)?, train_loss: Some(trained.loss) }
             }
             Err(error) => Input::StepFailed { round, sentence: error.to_string() },
         };
