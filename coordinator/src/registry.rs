@@ -15,7 +15,8 @@ use sha2::{Digest as _, Sha256};
 
 use crate::state::{StateError, read_small, write_durably};
 
-/// The most invitations that are remembered; over it, the oldest that have expired are forgotten.
+/// The most invitations that are remembered; over it, the oldest that have expired are forgotten first. The one for
+/// workers on this machine never is.
 pub const INVITATIONS_MAX: usize = 10_000;
 
 /// The version of the file.
@@ -153,11 +154,11 @@ impl Registry {
     /// # Errors
     /// Why it is not enrolled.
     pub fn enrol(&mut self, applicant: &Applicant, weight_max: u32) -> Result<Worker, EnrolRefusal> {
-        let at = self.find(&applicant.request.token).ok_or(EnrolRefusal::Unknown)?;
         let candidate = self.candidate(applicant, weight_max);
         if let Some(known) = self.workers.get(&candidate.id) {
             return again(known, &candidate);
         }
+        let at = self.find(&applicant.request.token).ok_or(EnrolRefusal::Unknown)?;
         self.invitations[at].admits(applicant)?;
         if self.workers.len() >= WORKERS_MAX {
             return Err(EnrolRefusal::Full);
@@ -216,7 +217,9 @@ impl Registry {
     fn forget_expired(&mut self, now_unix_s: u64) {
         while self.invitations.len() >= INVITATIONS_MAX {
             let over = |issued: &Issued| issued.expires_unix_s.is_some_and(|end| end < now_unix_s);
-            let oldest = self.invitations.iter().position(over).unwrap_or(0);
+            let oldest = self.invitations.iter().position(over);
+            let given_out = || self.invitations.iter().position(|issued| !issued.loopback_only);
+            let Some(oldest) = oldest.or_else(given_out) else { return };
             self.invitations.remove(oldest);
         }
     }
@@ -279,6 +282,21 @@ mod tests {
         let late = Applicant { now_unix_s: 9999, ..applicant(1, "other") };
         assert_eq!(registry.enrol(&late, 9).unwrap(), first);
         assert_eq!(registry.workers().len(), 1);
+    }
+
+    #[test]
+    fn the_same_keys_get_the_same_answer_when_the_invitation_is_forgotten() {
+        let mut registry = Registry::default();
+        registry.invite_locally(&[8; 16]);
+        registry.invite(&TOKEN, 1, None, 1000);
+        let first = registry.enrol(&applicant(1, "shard"), 9).unwrap();
+        for at in 0..INVITATIONS_MAX as u128 {
+            registry.invite(&at.to_le_bytes(), 1, None, 1000);
+        }
+        assert_eq!(registry.invitations.len(), INVITATIONS_MAX);
+        assert_eq!(registry.enrol(&applicant(1, "shard"), 9), Ok(first));
+        assert_eq!(registry.enrol(&applicant(2, "other"), 9), Err(EnrolRefusal::Unknown));
+        assert!(registry.find(&[8; 16]).is_some(), "workers on this machine still find their invitation");
     }
 
     #[test]
