@@ -59,6 +59,12 @@ pub enum StateError {
         /// The directory.
         path: PathBuf,
     },
+    /// There is no room.
+    #[error("{}: the disk is full; make room and start again: what was committed is kept", path.display())]
+    Full {
+        /// The file.
+        path: PathBuf,
+    },
     /// It, or what it should be in, is a file.
     #[error("{}: not a directory; give another with --state", path.display())]
     NotADirectory {
@@ -105,6 +111,7 @@ impl StateError {
         let path = path.to_owned();
         move |source| match source.kind() {
             io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Self::NotWritable { path },
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full { path },
             _ => Self::Io { path, verb, source },
         }
     }
@@ -275,16 +282,22 @@ pub(crate) fn write_durably_with(
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(StateError::io(&aside, "replace")(error)),
         _ => {}
     }
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&aside)
-        .map_err(StateError::io(path, "create"))?;
+    let moved = write_aside(&aside, path, write);
+    if moved.is_err() {
+        // Half a file only takes room, of which there may be none; the error that matters is the one before.
+        let _ = fs::remove_file(&aside);
+    }
+    moved?;
+    sync_parent(path)
+}
+
+fn write_aside(aside: &Path, path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<(), StateError> {
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(true).mode(0o600);
+    let mut file = options.open(aside).map_err(StateError::io(path, "create"))?;
     write(&mut file).map_err(StateError::io(path, "write"))?;
     file.sync_all().map_err(StateError::io(path, "sync"))?;
-    fs::rename(&aside, path).map_err(StateError::io(path, "rename to"))?;
-    sync_parent(path)
+    fs::rename(aside, path).map_err(StateError::io(path, "rename to"))
 }
 
 /// Makes what was created in, renamed in or removed from the directory of `path` durable.
@@ -350,6 +363,21 @@ mod tests {
         let path = home.path().join("file");
         fs::write(&path, "x").unwrap();
         assert!(StateDir::open(&path).is_err());
+    }
+
+    #[test]
+    fn on_a_full_disk_the_former_file_stays_and_no_half_one() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("checkpoint");
+        write_durably(&path, b"former").unwrap();
+        let full = write_durably_with(&path, |file| {
+            file.write_all(b"half")?;
+            Err(io::ErrorKind::StorageFull.into())
+        });
+        let told = full.unwrap_err().to_string();
+        assert!(told.ends_with("the disk is full; make room and start again: what was committed is kept"), "{told}");
+        assert_eq!(fs::read(&path).unwrap(), b"former");
+        assert_eq!(fs::read_dir(home.path()).unwrap().count(), 1);
     }
 
     #[test]
