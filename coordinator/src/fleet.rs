@@ -749,7 +749,7 @@ pub fn fresh_spool(path: PathBuf) -> Result<Arc<Path>, crate::state::StateError>
         }
         _ => {}
     }
-    std::fs::create_dir_all(&path).map_err(StateError::io(&path, "create"))?;
+    crate::state::make_private_dir(&path)?;
     Ok(path.into())
 }
 

@@ -190,7 +190,7 @@ impl StateDir {
 }
 
 /// Makes the directory (mode 0700), its parents too, unless it is there.
-fn make_private_dir(path: &Path) -> Result<(), StateError> {
+pub(crate) fn make_private_dir(path: &Path) -> Result<(), StateError> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
             StateError::NotADirectory { path: path.to_owned() }

@@ -21,7 +21,9 @@ use protocol::limits::{MODEL_BYTES_MAX, SCHEMA_BYTES_MAX};
 use protocol::plan::{BatchSize, LearningPlan, ModelSpec, Plan, Strategy};
 use serde_json::json;
 
-use crate::state::{StateDir, StateError, read_small, sync_parent, write_durably, write_durably_with};
+use crate::state::{
+    StateDir, StateError, make_private_dir, read_small, sync_parent, write_durably, write_durably_with,
+};
 
 /// How many checkpoints of a run are kept.
 pub const CHECKPOINTS_KEPT: usize = 3;
@@ -246,7 +248,7 @@ fn begin(runs: &Path, plan: &Plan) -> Result<OpenedRun, RunError> {
     getrandom::fill(&mut id)?;
     let run = RunId(id);
     let path = runs.join(run.to_string());
-    fs::create_dir_all(&path).map_err(StateError::io(&path, "create"))?;
+    make_private_dir(&path)?;
     sync_parent(runs)?;
     sync_parent(&path)?;
     write_plan(&path, &plan.learning)?;
@@ -482,6 +484,17 @@ mod tests {
         assert_eq!((again.from.checkpoint.run, &again.from.model[..]), (run, &b"two"[..]));
         let anew = open_run(&state, &plan(|_| ()), true, false).unwrap();
         assert_ne!(anew.from.checkpoint.run, run);
+    }
+
+    #[test]
+    fn a_run_is_for_its_owners_eyes_also_where_others_may_look_into_the_state() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let (home, state) = state();
+        fs::set_permissions(home.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let run = open_run(&state, &plan(|_| ()), false, false).unwrap();
+        for path in [state.file("runs"), run.dir.path().to_owned()] {
+            assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o700);
+        }
     }
 
     #[test]

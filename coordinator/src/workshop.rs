@@ -6,7 +6,6 @@
 //! wide), the sealed copy that is streamed, and one more while a step runs.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,7 +26,7 @@ use protocol::sum::{Sum, SumError, weight_shift};
 use tokio::sync::mpsc;
 
 use crate::intake::Payload;
-use crate::state::{StateError, write_durably};
+use crate::state::{StateError, make_private_dir, write_durably};
 use crate::store::{Snapshot, Store};
 use crate::telemetry::{Kind, Telemetry};
 
@@ -572,7 +571,7 @@ pub fn write_model(
     evaluation: EvaluationSummary,
     weights: Vec<f32>,
 ) -> Result<(), WorkshopError> {
-    fs::create_dir_all(directory).map_err(StateError::io(directory, "create"))?;
+    make_private_dir(directory)?;
     let model = SavedModel::new(spec.clone(), schema, evaluation, weights)
         .map_err(|error| WorkshopError::Unusable(error.to_string()))?;
     write_durably(&directory.join(WEIGHTS_FILE), &model.weights_file())?;
@@ -583,6 +582,8 @@ pub fn write_model(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use std::fs;
+
     use learning::{Dataset, MIN_COUNT, Table};
     use protocol::federation::CommittedRound;
     use protocol::ids::RunId;
