@@ -33,6 +33,9 @@ use crate::workshop::{Content, Done, Job, WorkshopError};
 /// How often figures are taken that no event brings.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
+/// Acts and events that may wait for the disk: far more than the largest round has.
+const BACKLOG_MAX: usize = 1 << 16;
+
 /// How long goodbyes may take altogether.
 const PARTING_MAX: Duration = Duration::from_secs(5);
 
@@ -228,7 +231,7 @@ impl Fleet {
         self.drain();
         while !self.has_parted() {
             tokio::select! {
-                Some(event) = inbox.connections.recv() => self.hear(event),
+                Some(event) = inbox.connections.recv(), if !self.gates.are_full() => self.hear(event),
                 done = inbox.workshop.recv(), if workshop_lives => match done {
                     Some(done) => self.take_in(done),
                     None => {
@@ -411,6 +414,8 @@ impl Fleet {
         };
         let reference = content.reference.clone();
         let peer = self.peers.get_mut(&conn)?;
+        // What cannot be streamed any more need not be remembered.
+        peer.had.retain(|id| self.contents.values().any(|content| content.reference.id == *id));
         if peer.had.insert(reference.id) {
             self.say(conn, Saying::Content(content));
         }
@@ -634,6 +639,12 @@ impl Fleet {
 }
 
 impl Gates {
+    /// Whether so much waits for the disk that nobody is listened to until it has answered: what peers say goes on to
+    /// fill their own connections, and not our memory.
+    fn are_full(&self) -> bool {
+        self.waiting.len() + self.untold.len() >= BACKLOG_MAX
+    }
+
     /// The act, if its gate is open; else it is kept until [`Self::released`].
     fn hold(&mut self, after: Gate, act: Act) -> Option<Act> {
         match after {
@@ -806,6 +817,17 @@ mod tests {
         assert_eq!(gates.tellable(), Some(commit));
         assert_eq!(gates.tellable(), Some(Event::Voided));
         assert_eq!(gates.tellable(), None);
+    }
+
+    #[test]
+    fn while_the_disk_does_not_answer_what_peers_say_piles_up_only_to_a_bound() {
+        let mut gates = Gates::default();
+        gates.untold.extend((1..).map(|no| (EventNo(no), Event::Voided)).take(BACKLOG_MAX - 1));
+        assert!(!gates.are_full());
+        assert!(gates.hold(Gate::Synced(EventNo(1)), Act::Welcome { conn: ALICE }).is_none());
+        assert!(gates.are_full());
+        gates.synced = EventNo(1);
+        assert!(gates.released().is_some() && !gates.are_full());
     }
 
     #[test]
