@@ -219,7 +219,10 @@ impl Began {
         let spool = fresh_spool(self.state.file("spool"))?;
         let sockets = Sockets::bind(&options, &self.state, &self.registrar).await?;
         let Sockets { address, http_address, .. } = sockets;
-        let invitation = invite_locally(&mut self.registrar, &self.state, address, options.default_join.as_deref())?;
+        let invitation = invite_locally(&mut self.registrar, &self.state, address)?;
+        if let Some(place) = &options.default_join {
+            invite_by_default(place, &invitation, &self.state).unwrap_or_else(|warning| self.show.say(&warning));
+        }
 
         let (figures, frozen) = (checkpoint.figures, checkpoint.frozen);
         let machine = Federation::new(plan, checkpoint, self.start);
@@ -329,20 +332,25 @@ fn tls_identity(registrar: &Registrar) -> Result<TlsIdentity, RegistrarError> {
     Ok(TlsIdentity { certificate: registrar.certificate()?, key })
 }
 
-/// Writes the invitation for this machine to the state directory and to the user's default place.
-fn invite_locally(
-    registrar: &mut Registrar,
-    state: &StateDir,
-    address: SocketAddr,
-    default_join: Option<&Path>,
-) -> Result<Invitation, Error> {
+/// Writes the invitation for this machine to the state directory.
+fn invite_locally(registrar: &mut Registrar, state: &StateDir, address: SocketAddr) -> Result<Invitation, Error> {
     let path = state.file("join");
     let invitation = registrar.invite_locally(&path, address)?;
     write_invitation(&path, &invitation)?;
-    if let Some(place) = default_join {
-        write_invitation(place, &invitation)?;
-    }
     Ok(invitation)
+}
+
+/// Writes it to the user's default place, too. A service's user may have no home: that ends nothing, and is said.
+fn invite_by_default(place: &Path, invitation: &Invitation, state: &StateDir) -> Result<(), String> {
+    write_invitation(place, invitation).map_err(|error| {
+        let why = match error {
+            StateError::NotWritable { path } => format!("{}: not writable", path.display()),
+            other => other.to_string(),
+        };
+        let join = state.file("join");
+        let remedy = format!("start them with --join @{}", join.display());
+        format!("warning: workers on this machine do not find this coordinator by themselves: {why}; {remedy}")
+    })
 }
 
 /// Presents a fresh certificate every day.
@@ -384,4 +392,25 @@ fn write_if_missing(directory: &Path, learning: &LearningPlan, last: &Snapshot) 
     let schema = Schema::from_bytes(&last.schema).map_err(|error| unusable(error.to_string()))?;
     let weights = from_bytes(&last.model).ok_or_else(|| unusable("the model is cut".to_owned()))?;
     Ok(write_model(directory, &learning.model, schema, evaluation, weights)?)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_user_without_a_home_is_told_how_workers_are_started() {
+        let home = tempfile::tempdir().unwrap();
+        let state = StateDir::open(&home.path().join("state")).unwrap();
+        let mut registrar = Registrar::open(&state).unwrap();
+        let invitation = invite_locally(&mut registrar, &state, "127.0.0.1:4433".parse().unwrap()).unwrap();
+        std::fs::write(home.path().join("file"), "").unwrap();
+        let told = invite_by_default(&home.path().join("file/tributary/join"), &invitation, &state).unwrap_err();
+        assert!(told.starts_with("warning: workers on this machine do not find"), "{told}");
+        assert!(told.ends_with(&format!("; start them with --join @{}", state.file("join").display())), "{told}");
+        let place = home.path().join("home/tributary/join");
+        invite_by_default(&place, &invitation, &state).unwrap();
+        assert_eq!(std::fs::read(place).unwrap(), std::fs::read(state.file("join")).unwrap());
+    }
 }

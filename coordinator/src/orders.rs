@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io::{self, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -22,6 +22,12 @@ pub enum OrderError {
     /// The invitation cannot be written.
     #[error(transparent)]
     Write(#[from] StateError),
+    /// The invitation may not be written there.
+    #[error("{}: not writable; give another file with --out", path.display())]
+    Out {
+        /// The file.
+        path: PathBuf,
+    },
     /// Nobody reads what is printed.
     #[error("cannot print: {0}")]
     Print(#[from] io::Error),
@@ -64,7 +70,10 @@ fn request(command: &Command) -> Request {
 }
 
 fn write_out(path: &Path, text: &str) -> Result<(), OrderError> {
-    write_durably(path, format!("{text}\n").as_bytes())?;
+    write_durably(path, format!("{text}\n").as_bytes()).map_err(|error| match error {
+        StateError::NotWritable { .. } => OrderError::Out { path: path.to_owned() },
+        other => other.into(),
+    })?;
     let mut err = io::stderr().lock();
     Ok(writeln!(err, "the invitation is in {}; give it to the worker with --join @FILE", path.display())?)
 }
