@@ -63,7 +63,7 @@ pub enum Request {
 }
 
 /// What is answered.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
     /// The invitation's text.
@@ -78,6 +78,19 @@ pub enum Answer {
     Aborting,
     /// It cannot be done: a sentence for a person.
     Error(String),
+}
+
+impl std::fmt::Debug for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Invitation(_) => f.write_str("Invitation([redacted])"),
+            Self::Workers(rows) => f.debug_tuple("Workers").field(rows).finish(),
+            Self::Revoked(name) => f.debug_tuple("Revoked").field(name).finish(),
+            Self::Status(page) => f.debug_tuple("Status").field(page).finish(),
+            Self::Aborting => f.write_str("Aborting"),
+            Self::Error(sentence) => f.debug_tuple("Error").field(sentence).finish(),
+        }
+    }
 }
 
 /// A worker, as a list shows it.

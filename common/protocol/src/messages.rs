@@ -52,7 +52,7 @@ pub struct HelloRefused {
 }
 
 /// What a worker asks when it comes to be enrolled: the payload of its handshake message.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EnrolRequest {
     /// The token of the invitation.
     pub token: [u8; 16],
@@ -60,6 +60,12 @@ pub struct EnrolRequest {
     pub name: WorkerName,
     /// Its Ed25519 public key.
     pub ed25519: [u8; 32],
+}
+
+impl core::fmt::Debug for EnrolRequest {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("EnrolRequest").field("token", &"[redacted]").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 /// The answer: the payload of the handshake's second message.
@@ -508,7 +514,15 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn a_token_is_not_printed() {
+        let request = EnrolRequest { token: [0xab; 16], name: "shard".parse().unwrap(), ed25519: [0xcd; 32] };
+        let printed = format!("{request:?}");
+        assert!(printed.contains("[redacted]") && !printed.contains("171"), "{printed}");
+    }
 
     #[test]
     fn a_peers_sentence_is_bounded_and_cannot_steer_a_terminal() {
