@@ -241,7 +241,10 @@ pub fn bind(state: &StateDir) -> Result<UnixListener, StateError> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(StateError::io(&path, "replace")(error)),
         _ => {}
     }
-    let listener = UnixListener::bind(&path).map_err(StateError::io(&path, "listen on"))?;
+    let listener = UnixListener::bind(&path).map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidInput => StateError::LongForSocket { path: path.clone() },
+        _ => StateError::io(&path, "listen on")(error),
+    })?;
     let private = std::fs::Permissions::from_mode(0o600);
     std::fs::set_permissions(&path, private).map_err(StateError::io(&path, "make private"))?;
     Ok(listener)
@@ -339,6 +342,14 @@ mod tests {
         for request in [Request::Status, Request::Abort] {
             assert!(matches!(ask(home.path(), &request), Err(ControlError::NothingRuns { .. })));
         }
+    }
+
+    #[tokio::test]
+    async fn a_state_directory_too_deep_for_a_socket_is_told_so() {
+        let home = tempfile::tempdir().unwrap();
+        let state = StateDir::open(&home.path().join("x".repeat(120))).unwrap();
+        let refused = bind(&state).unwrap_err().to_string();
+        assert!(refused.ends_with("give a shorter --state"), "{refused}");
     }
 
     #[tokio::test]

@@ -65,6 +65,12 @@ pub enum StateError {
         /// The file.
         path: PathBuf,
     },
+    /// The operating system has room for less in the address of a socket.
+    #[error("{}: too long a path for a socket ({} bytes, about 100 are possible); give a shorter --state", path.display(), path.as_os_str().len())]
+    LongForSocket {
+        /// The socket.
+        path: PathBuf,
+    },
     /// It, or what it should be in, is a file.
     #[error("{}: not a directory; give another with --state", path.display())]
     NotADirectory {
