@@ -196,7 +196,8 @@ impl Federation {
     }
 
     fn train_centrally(&mut self, round: u32) {
-        if let Some(rows) = self.durable.rows.clone().filter(|_| self.plan.learning.train.mode == Mode::Central) {
+        let central = self.plan.learning.train.mode == Mode::Central;
+        if let Some(rows) = self.durable.rows.as_ref().filter(|_| central).map(|rows| rows.tasks.clone()) {
             self.act_on_commit(Act::Train { round, rows });
         }
     }
@@ -368,7 +369,10 @@ impl Federation {
     #[allow(clippy::cast_precision_loss)] // counts of rows stay far below 2^53
     fn figures(&self, work: &Work, model: Hash, train_loss: Option<f64>) -> RoundFigures {
         let held = work.held_by_name();
-        let examples = held.iter().fold(0u64, |sum, (_, _, update)| sum.saturating_add(update.examples));
+        let examples = match &self.durable.rows {
+            Some(shared) => shared.examples,
+            None => held.iter().fold(0u64, |sum, (_, _, update)| sum.saturating_add(update.examples)),
+        };
         let losses = held.iter().filter_map(|(_, _, u)| Some((u.metrics.train_loss?, u.examples as f64)));
         let (sum, weight) = losses.fold((0.0, 0.0), |(sum, all), (loss, n)| (sum + loss * n, all + n));
         RoundFigures {

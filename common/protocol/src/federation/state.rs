@@ -28,9 +28,18 @@ pub(super) struct Durable {
     pub(super) committed: BTreeMap<TaskId, (u32, Entry)>,
     pub(super) figures: Option<RoundFigures>,
     pub(super) seconds: Vec<f64>,
-    /// Whose rows are here, by name, in `central` mode. A restart forgets them.
-    pub(super) rows: Option<Vec<TaskId>>,
+    /// What was shared, in `central` mode. A restart forgets it.
+    pub(super) rows: Option<SharedRows>,
     pub(super) phase: Phase,
+}
+
+/// Encoded rows that the coordinator has.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct SharedRows {
+    /// The tasks that brought them, by the names of their workers.
+    pub(super) tasks: Vec<TaskId>,
+    /// How many they are.
+    pub(super) examples: u64,
 }
 
 /// Where the run is. Each variant owns what only it needs.
@@ -270,7 +279,12 @@ impl Durable {
             Phase::Training(work) => Phase::Committing(work),
             Phase::Sharing(work) => {
                 let some = work.held_by_name().into_iter().filter(|(_, _, update)| update.bytes > 0);
-                self.rows = Some(some.map(|(task, ..)| task).collect());
+                let mut rows = SharedRows::default();
+                for (task, _, update) in some {
+                    rows.tasks.push(task);
+                    rows.examples = rows.examples.saturating_add(update.examples);
+                }
+                self.rows = Some(rows);
                 Phase::Gathering
             }
             other => other,

@@ -696,6 +696,7 @@ fn central_training_collects_rows_once_and_evaluates_every_round() {
     assert_eq!(fleet.facts(|e| matches!(e, Event::Assigned { kind: TaskKind::Rows, .. })), 3);
     assert_eq!(fleet.facts(|e| matches!(e, Event::Assigned { kind: TaskKind::Evaluation, .. })), 12);
     assert!(fleet.workers.iter().all(|worker| worker.receipts.is_empty()), "rows end at held");
+    assert_eq!(fleet.examples(), 300, "the rows of all are behind each round");
     fleet.check_replay();
 }
 

@@ -413,6 +413,11 @@ impl Fleet {
         self.federation.as_ref().unwrap().durable.model.unwrap()
     }
 
+    /// The rows behind the last round.
+    pub(super) fn examples(&self) -> u64 {
+        self.federation.as_ref().unwrap().checkpoint().figures.unwrap().examples
+    }
+
     pub(super) fn entries(&self, round: usize) -> Vec<Entry> {
         self.federation.as_ref().unwrap().checkpoint().rounds[round - 1].entries.clone()
     }
@@ -869,7 +874,7 @@ impl Fleet {
             hash: Hash::of(&seed),
             bytes,
             layout: assigned.layout,
-            examples: 100,
+            examples: if assigned.kind == TaskKind::Evaluation { 0 } else { 100 },
             steps: 4,
             weight: 100,
             metrics: Metrics { train_loss: Some(0.5), seconds: 0.1, evaluation: None },
