@@ -495,7 +495,9 @@ impl Fleet {
         if self.revoked.contains(&id) {
             return self.dismiss(conn, CloseCode::Revoked, String::new());
         }
-        if matches!(self.course, Course::Parting { .. }) {
+        // Who comes while the others are let go after the run is let go, too; nothing else begins any more.
+        let is_over = matches!(self.course, Course::Parting { outcome: Ok(Outcome::Finished), .. });
+        if matches!(self.course, Course::Parting { .. }) && !is_over {
             return self.dismiss(conn, CloseCode::GoingAway, String::new());
         }
         self.input(Input::Joined { conn, worker: id, name, weight_max, instance });
