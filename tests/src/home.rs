@@ -221,8 +221,13 @@ impl Running {
 
     /// `kill -9`, and its end.
     pub fn kill(&mut self) {
+        self.kill_alive();
+    }
+
+    /// `kill -9`, and its end; whether it lived until then.
+    pub fn kill_alive(&mut self) -> bool {
         self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        self.child.wait().unwrap().code().is_none()
     }
 
     /// Sends a signal by its name, such as `INT`.

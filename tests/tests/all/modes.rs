@@ -253,7 +253,9 @@ fn central_keeps_no_row_in_the_clear_on_disk() {
          validation_fraction = 0.1\n"
     );
     let fleet = Fleet::new(&config, [("a", text.clone()), ("b", data::classes(1, 30_000))]);
-    let shard = Reference::new(&fleet).shards.remove(0).training;
+    let mut shards = Reference::new(&fleet).shards;
+    let examples: usize = shards.iter().map(|shard| shard.training.len()).sum();
+    let shard = shards.remove(0).training;
     let (canaries, rows) = (canaries(&text, &shard), shard.to_bytes(0, shard.len()));
     let state = fleet.home().state();
 
@@ -265,7 +267,8 @@ fn central_keeps_no_row_in_the_clear_on_disk() {
     see_the_spool(&canaries, &state, coordinator.id(), rows.len());
     workers[1].signal("CONT");
     for round in 1..=rounds {
-        assert_eq!(coordinator.until("round")["round"], round);
+        let line = coordinator.until("round");
+        assert_eq!((&line["round"], &line["examples"]), (&round.into(), &examples.into()));
         assert_no_row_in(&canaries, &state, coordinator.id());
     }
     let process = coordinator.id();
