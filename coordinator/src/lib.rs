@@ -316,6 +316,9 @@ impl Running {
     }
 }
 
+// Else the keys below would be zeros, which anybody knows.
+const _: () = assert!(ResetKeys::BYTES <= 64);
+
 fn bind(options: &Options, state: &StateDir, registrar: &Registrar) -> Result<Server, Error> {
     let address = options.settings.listen;
     let secret = state.secret_64("quic.key")?;
