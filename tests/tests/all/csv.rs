@@ -118,13 +118,19 @@ fn a_file_that_changes_while_it_is_read_is_refused() {
     assert_eq!(refusal(&worker.end(), 1), sentence);
 }
 
+/// Whether the process has a file of that name open now.
+fn has_open(process: &Running, name: &str) -> bool {
+    let links = std::fs::read_dir(format!("/proc/{}/fd", process.id())).into_iter().flatten().flatten();
+    links.filter_map(|link| std::fs::read_link(link.path()).ok()).any(|path| path.ends_with(name))
+}
+
 #[test]
 fn reading_a_long_file_can_be_stopped() {
     let home = Home::new();
     home.write("long.csv", "x,y,label\n".to_owned() + &"1,2,0\n3,4,1\n".repeat(1_000_000));
     let mut worker = home.start("worker", &["--data", "long.csv"]);
-    // Signals are listened to before the state is made, and the state is made before the file is read.
-    while !home.path("tributary/worker/long/lock").exists() {
+    // Signals are listened to before the file is opened.
+    while !has_open(&worker, "long.csv") {
         assert!(worker.runs(), "{}", worker.stderr());
         std::thread::park_timeout(Duration::from_millis(1));
     }
