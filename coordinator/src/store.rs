@@ -290,7 +290,7 @@ fn read_plan(run: &Path) -> Result<LearningPlan, StateError> {
 /// What an operator wrote who left a key out.
 const NOT_GIVEN: &str = "not given";
 
-/// The first value that is not the same: its key, and a sentence with both values.
+/// What is not the same: the first key, and a sentence with both values of each.
 fn difference(before: &LearningPlan, now: &LearningPlan) -> Option<(String, String)> {
     let (before, now) = (leaves("", &as_config(before)), leaves("", &as_config(now)));
     let other = |key: &String, all: &[(String, String)]| {
@@ -298,9 +298,19 @@ fn difference(before: &LearningPlan, now: &LearningPlan) -> Option<(String, Stri
     };
     let keys = before.iter().chain(&now).map(|(key, _)| key);
     let changed = keys.filter(|key| other(key, &before) != other(key, &now));
-    // Another kind decides which other keys there are. More rounds alone are no other plan, so they are named last.
-    let key = changed.min_by_key(|key| (*key == "train.rounds", !key.ends_with(".kind")))?;
-    Some((key.clone(), format!("{key} was {}, is {}", other(key, &before), other(key, &now))))
+    let mut changed: Vec<&String> = changed.collect();
+    // Another kind decides which other keys its section has. More rounds alone are no other plan, and are named alone.
+    let section = |key: &str| key.split('.').next().unwrap_or_default().to_owned();
+    let kinds: Vec<String> = changed.iter().filter(|key| key.ends_with(".kind")).map(|key| section(key)).collect();
+    changed.retain(|key| key.ends_with(".kind") || !kinds.contains(&section(key)));
+    changed.sort_by_key(|key| (*key == "train.rounds", !key.ends_with(".kind"), *key));
+    changed.dedup();
+    if changed.len() > 1 {
+        changed.retain(|key| *key != "train.rounds");
+    }
+    let first = (*changed.first()?).clone();
+    let each = changed.iter().map(|key| format!("{key} was {}, is {}", other(key, &before), other(key, &now)));
+    Some((first, each.collect::<Vec<_>>().join("; ")))
 }
 
 /// The plan as a config file says it.
@@ -515,6 +525,8 @@ mod tests {
         assert_eq!(refused(|l| l.train.batch_size = BatchSize::Full), "train.batch_size was 32, is \"full\"");
         let both = refused(|l| (l.train.rounds, l.train.seed) = (31, 8));
         assert_eq!(both, "train.seed was 7, is 8");
+        let two = refused(|l| (l.train.seed, l.train.momentum) = (8, 0.5));
+        assert_eq!(two, "train.momentum was 0.0, is 0.5; train.seed was 7, is 8");
     }
 
     #[test]
