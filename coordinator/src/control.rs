@@ -122,6 +122,12 @@ pub enum ControlError {
         /// The state directory.
         path: std::path::PathBuf,
     },
+    /// Nothing is there to act on.
+    #[error("{}: no coordinator has run here; give the --state that it was started with", path.display())]
+    NoState {
+        /// Where its state would be.
+        path: std::path::PathBuf,
+    },
     /// The socket is there and does not answer.
     #[error("{}: the coordinator does not answer: {source}", path.display())]
     Silent {
@@ -175,6 +181,10 @@ fn exchange(mut stream: StdUnixStream, request: &Request) -> io::Result<Answer> 
 fn act(state: &Path, request: &Request) -> Result<Answer, ControlError> {
     if matches!(request, Request::Status | Request::Abort) {
         return Err(ControlError::NothingRuns { path: state.to_owned() });
+    }
+    // An invitation may be written before the first start; there is nobody to list or to shut out yet.
+    if !matches!(request, Request::Invite { .. }) && !state.exists() {
+        return Err(ControlError::NoState { path: state.to_owned() });
     }
     let state = StateDir::open(state)?;
     let mut registrar = Registrar::open(&state)?;
