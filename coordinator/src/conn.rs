@@ -320,7 +320,7 @@ impl Door {
         match timeout(ENROLMENT_MAX, self.enrol_one(accepted)).await {
             Ok(Ok(EnrolAnswer::Granted { name, .. })) => {
                 count(EnrolmentOutcome::Granted);
-                tracing::info!(%peer, "{name} is enrolled");
+                tracing::info!("{name} is enrolled from {peer}");
                 connection.close(CloseCode::Done, "");
             }
             Ok(Ok(EnrolAnswer::Refused(refusal))) => {

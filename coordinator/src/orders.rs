@@ -75,7 +75,7 @@ fn write_out(path: &Path, text: &str) -> Result<(), OrderError> {
         other => other.into(),
     })?;
     let mut err = io::stderr().lock();
-    Ok(writeln!(err, "the invitation is in {}; give it to the worker with --join @FILE", path.display())?)
+    Ok(writeln!(err, "the invitation is in {0}; give it to the worker with --join @{0}", path.display())?)
 }
 
 fn table(workers: &[WorkerRow]) -> String {

@@ -203,7 +203,10 @@ pub struct LogWriter(pub Look);
 
 impl Write for LogWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.say(String::from_utf8_lossy(bytes).trim_end());
+        let line = String::from_utf8_lossy(bytes);
+        // What is merely told looks like everything else that is told; a warning shows that it is one.
+        let line = line.trim();
+        self.0.say(line.strip_prefix("INFO ").unwrap_or(line));
         Ok(bytes.len())
     }
 
@@ -281,7 +284,8 @@ impl Show {
         }
         let told = sentence(None, evaluation);
         let told = if told.is_empty() { told } else { format!(": {told}") };
-        self.say(&format!("done after {rounds} rounds{told}"));
+        let plural = if rounds == 1 { "" } else { "s" };
+        self.say(&format!("done after {rounds} round{plural}{told}"));
         self.say(&format!("model {model_hash} is in {}", model.display()));
     }
 
