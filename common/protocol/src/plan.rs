@@ -137,7 +137,7 @@ pub struct LearningPlan {
     pub strategy: Strategy,
 }
 
-/// When an answer is given: see DESIGN "Two answers, two promises" in `ARCHITECTURE.md`.
+/// What is durable when an update is said to be held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Durability {
