@@ -313,7 +313,16 @@ impl Show {
                 self.say(&format!("schema frozen, the model has {} parameters", frozen.parameters));
             }
             Event::Finished { .. } => self.is_over = true,
-            Event::Assigned { .. }
+            Event::Lost { task } => {
+                self.say(&format!("the held payload of task {task} is damaged; its worker is asked for it again"));
+            }
+            Event::Reverted { round } => {
+                self.say(&format!("the models after round {round} are damaged; the rounds since are made again"));
+            }
+            Event::Redone { round } => self.say(&format!("round {round} is made again, with the same model")),
+            Event::Started { .. }
+            | Event::Opened { .. }
+            | Event::Assigned { .. }
             | Event::Held { .. }
             | Event::Withdrawn { .. }
             | Event::Closed { .. }

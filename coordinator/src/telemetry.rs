@@ -461,7 +461,14 @@ impl Telemetry {
                 self.set_evaluation(evaluation);
             }
             Event::Aborted { .. } => m.rounds.with(RoundOutcome::Aborted).increment(1),
-            Event::Assigned { .. } | Event::Closed { .. } | Event::Voided => {}
+            Event::Started { .. }
+            | Event::Opened { .. }
+            | Event::Assigned { .. }
+            | Event::Lost { .. }
+            | Event::Closed { .. }
+            | Event::Reverted { .. }
+            | Event::Redone { .. }
+            | Event::Voided => {}
             Event::Notice(notice) => self.saw_notice(notice),
         }
     }

@@ -134,12 +134,28 @@ pub struct RoundFigures {
 /// What happened. Facts change durable state and go to the journal; a notice is for telemetry only.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Event {
+    /// A process of the coordinator took the run up: the first fact of each start.
+    Started {
+        /// The durable count of starts, this one included: the high half of the task ids to come.
+        start: u32,
+    },
     /// The survey froze a schema, and the initial model stands.
     Surveyed {
         /// Its figures.
         frozen: Frozen,
         /// The initial model.
         model: Hash,
+    },
+    /// Work of one kind begins, for as many workers as it is given to next.
+    Opened {
+        /// The round; 0 for a survey and for rows.
+        round: u32,
+        /// What kind of work.
+        kind: TaskKind,
+        /// The model to start from; zero where there is none.
+        base: Hash,
+        /// How many payloads make it whole. More workers may be given it.
+        wanted: u32,
     },
     /// A worker was given work.
     Assigned {
@@ -170,6 +186,11 @@ pub enum Event {
         /// Why.
         why: Withdrawal,
     },
+    /// A held payload cannot be read back: its worker, who keeps a copy, is asked for it again.
+    Lost {
+        /// The task.
+        task: TaskId,
+    },
     /// A round goes on past its deadline, under quorum.
     Extended {
         /// The round.
@@ -188,6 +209,16 @@ pub enum Event {
         entries: Vec<Entry>,
         /// The round's figures.
         figures: Box<RoundFigures>,
+    },
+    /// The models after this round's are damaged: the rounds since are made again, of the same updates.
+    Reverted {
+        /// The round whose model is whole; 0 for the first model.
+        round: u32,
+    },
+    /// A reverted round's model was made again, bit for bit.
+    Redone {
+        /// The round.
+        round: u32,
     },
     /// A survey came to nothing and will be done again.
     Voided,
@@ -212,10 +243,16 @@ impl Event {
         !matches!(self, Self::Notice(_))
     }
 
-    /// Whether what survives a restart changes with this: the store writes a checkpoint for it.
+    /// Whether what people and workers are told rests on this being durable: the store syncs for it.
     #[must_use]
     pub fn is_commit(&self) -> bool {
-        matches!(self, Self::Surveyed { .. } | Self::Committed { .. } | Self::Finished { .. })
+        self.makes_model() || matches!(self, Self::Finished { .. })
+    }
+
+    /// Whether a model stands with this, which the store keeps beside it.
+    #[must_use]
+    pub fn makes_model(&self) -> bool {
+        matches!(self, Self::Surveyed { .. } | Self::Committed { .. } | Self::Redone { .. })
     }
 }
 

@@ -245,7 +245,12 @@ impl Durable {
             Event::Voided => self.phase = Phase::Gathering,
             Event::Finished { evaluation } => self.phase = Phase::Finished(*evaluation),
             Event::Aborted { .. } => self.phase = Phase::Aborted,
-            Event::Notice(_) => {}
+            Event::Started { .. }
+            | Event::Opened { .. }
+            | Event::Lost { .. }
+            | Event::Reverted { .. }
+            | Event::Redone { .. }
+            | Event::Notice(_) => {}
         }
     }
 
