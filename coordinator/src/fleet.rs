@@ -1,12 +1,12 @@
 //! The event loop: the real world around one [`Federation`].
 //!
-//! One task owns the machine. Whatever happens outside becomes an [`Input`]: what connections hear, what the workshop
-//! made, what an operator orders, what time it is. After each input the machine is drained: events go to the store, to
-//! telemetry and to whoever looks on; acts are done once what they rest on is durable. Everything heavy is elsewhere:
+//! One task owns the machine, inside a [`Core`]. Whatever happens outside becomes an [`Input`]: what connections hear,
+//! what the workshop made, what an operator orders, what time it is. After each input the core is drained: jobs go to
+//! the workshop, events to telemetry and to whoever looks on, acts to connections. Everything heavy is elsewhere:
 //! cryptography in the tasks of connections ([`crate::conn`]), payloads on the compute pool ([`crate::intake`]), tensors
 //! and disk in the workshop ([`crate::workshop`]). The loop never waits for any of them.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use learning::Schema;
 use protocol::evaluation::EvaluationSummary;
-use protocol::federation::{Act, Assignment, Event, EventNo, Federation, Gate, Gone, Input, Notice, Output};
+use protocol::federation::{Act, Assignment, Event, EventNo, Federation, Gone, Input, Notice};
 use protocol::ids::{ConnId, ContentId, Hash, TaskId, Time, WorkerId};
 use protocol::messages::{Assigned, ContentRef, PROTOCOL_VERSION, TaskKind, ToWorker, Upload, Welcome};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -24,6 +24,7 @@ use transport::{CloseCode, Connection, TrafficTotals};
 
 use crate::conn::{Door, FromConn, Joined, Received, Saying, Ticket};
 use crate::control::Command;
+use crate::core::{Core, Effect};
 use crate::intake::Declared;
 use crate::registry::Worker;
 use crate::show::{Show, StatusPage};
@@ -32,9 +33,6 @@ use crate::workshop::{Content, Done, Job, WorkshopError};
 
 /// How often figures are taken that no event brings.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-
-/// Acts and events that may wait for the disk: far more than the largest round has.
-const BACKLOG_MAX: usize = 1 << 16;
 
 /// How long goodbyes may take altogether.
 const PARTING_MAX: Duration = Duration::from_secs(5);
@@ -103,11 +101,9 @@ pub struct World {
 /// The loop's state.
 #[derive(Debug)]
 pub struct Fleet {
-    machine: Federation,
+    core: Core,
     world: World,
     began: Instant,
-    alarm: Option<Time>,
-    gates: Gates,
     peers: BTreeMap<ConnId, Peer>,
     uploads: Uploads,
     /// What may be streamed: the schema, and at most two models.
@@ -119,22 +115,6 @@ pub struct Fleet {
     deaf: Vec<ConnId>,
     course: Course,
     seen: Seen,
-}
-
-/// Which acts wait for what.
-#[derive(Debug, Default)]
-struct Gates {
-    /// Events that were handed to the store.
-    appended: u64,
-    /// The last event that must be synced and has not been sent there.
-    unsynced: Option<EventNo>,
-    /// The last event that is being synced.
-    syncing: EventNo,
-    /// Up to this one, everything is durable.
-    synced: EventNo,
-    waiting: VecDeque<(EventNo, Act)>,
-    /// What nobody who looks on was told yet.
-    untold: VecDeque<(EventNo, Event)>,
 }
 
 /// A worker with a live session.
@@ -203,11 +183,9 @@ impl Fleet {
     #[must_use]
     pub fn new(machine: Federation, world: World) -> Self {
         Self {
-            machine,
+            core: Core::new(machine),
             world,
             began: Instant::now(),
-            alarm: None,
-            gates: Gates::default(),
             peers: BTreeMap::new(),
             uploads: Uploads::default(),
             contents: BTreeMap::new(),
@@ -231,7 +209,7 @@ impl Fleet {
         self.drain();
         while !self.has_parted() {
             tokio::select! {
-                Some(event) = inbox.connections.recv(), if !self.gates.are_full() => self.hear(event),
+                Some(event) = inbox.connections.recv(), if !self.core.is_full() => self.hear(event),
                 done = inbox.workshop.recv(), if workshop_lives => match done {
                     Some(done) => self.take_in(done),
                     None => {
@@ -240,7 +218,7 @@ impl Fleet {
                     }
                 },
                 Some(command) = inbox.commands.recv() => self.obey(command),
-                () = sleep_until(self.began, self.alarm) => self.input(Input::Tick),
+                () = sleep_until(self.began, self.core.alarm()) => self.input(Input::Tick),
                 _ = look.tick() => self.look_around(),
                 () = &mut shutdown, if !stopped => {
                     stopped = true;
@@ -271,66 +249,43 @@ impl Fleet {
     }
 
     fn input(&mut self, input: Input) {
-        self.machine.handle(self.now(), input);
+        self.core.input(self.now(), input);
     }
 
     // --- outputs ---
 
-    /// Takes from the machine what it has to say, and syncs once for all that waits.
+    /// Does all that is to be done now.
     fn drain(&mut self) {
         loop {
-            match self.machine.poll() {
-                Output::Append(event) => self.append(event),
-                Output::Act { after, act } => {
-                    if let Some(act) = self.gates.hold(after, act) {
-                        self.act(act);
-                    }
-                }
-                Output::Wait(alarm) => {
-                    self.alarm = alarm;
-                    match self.deaf.pop() {
-                        Some(conn) => self.input(Input::Misbehaved { conn, what: "it does not read".to_owned() }),
-                        None => break,
-                    }
+            while let Some(effect) = self.core.next() {
+                match effect {
+                    Effect::Job(job) => self.job(job),
+                    Effect::Tell(event) => self.tell(event),
+                    Effect::Act(act) => self.act(act),
                 }
             }
-        }
-        if let Some(no) = self.gates.unsynced.take() {
-            self.gates.syncing = no;
-            self.job(Job::Sync(no, Box::new(self.machine.checkpoint())));
+            let Some(conn) = self.deaf.pop() else { return };
+            self.input(Input::Misbehaved { conn, what: "it does not read".to_owned() });
         }
     }
 
-    fn append(&mut self, event: Event) {
-        self.gates.appended += 1;
-        let no = EventNo(self.gates.appended);
+    /// Tells people and programs what happened.
+    fn tell(&mut self, event: Event) {
         if event.is_commit() {
-            self.gates.unsynced = Some(no);
             self.seen.commit = Some(Instant::now());
         }
-        if event.is_fact() {
-            self.job(Job::Append(event.clone()));
-        }
-        self.gates.untold.push_back((no, event));
-        self.tell();
-    }
-
-    /// Tells people and programs what happened, in order, up to a commit that is not durable yet.
-    fn tell(&mut self) {
-        while let Some(event) = self.gates.tellable() {
-            self.world.door.telemetry.saw(&event);
-            self.world.show.saw(&event);
-            match event {
-                Event::Committed { figures, .. } => self.world.page.send_modify(|page| page.figures = Some(*figures)),
-                Event::Notice(
-                    Notice::Stage { .. }
-                    | Notice::Ready { .. }
-                    | Notice::Gone { .. }
-                    | Notice::Paused(_)
-                    | Notice::Waiting { .. },
-                ) => self.show_page(),
-                _ => {}
-            }
+        self.world.door.telemetry.saw(&event);
+        self.world.show.saw(&event);
+        match event {
+            Event::Committed { figures, .. } => self.world.page.send_modify(|page| page.figures = Some(*figures)),
+            Event::Notice(
+                Notice::Stage { .. }
+                | Notice::Ready { .. }
+                | Notice::Gone { .. }
+                | Notice::Paused(_)
+                | Notice::Waiting { .. },
+            ) => self.show_page(),
+            _ => {}
         }
     }
 
@@ -354,22 +309,13 @@ impl Fleet {
             Act::Receive { conn, task, kind, hash, bytes } => self.receive(conn, task, kind, hash, bytes),
             Act::Forget { task } => {
                 self.uploads.expected.remove(&task);
-                self.job(Job::Forget(task));
             }
-            Act::Fold { task, weight } => self.job(Job::Fold(task, weight)),
-            Act::Merge { surveys } => self.job(Job::Merge(surveys)),
-            Act::Step { round, tasks } => {
-                // Nobody begins from this model any more; the step needs the memory.
-                self.contents.retain(|_, content| content.kind != Kind::Model);
-                self.job(Job::Step(round, tasks));
-            }
-            Act::Train { round, rows } => self.job(Job::Train(round, rows)),
+            // Nobody begins from this model any more; the step needs the memory.
+            Act::Step { .. } => self.contents.retain(|_, content| content.kind != Kind::Model),
             Act::Close { conn, why } => self.close(conn, &why),
-            Act::Finish { evaluation } => {
-                self.course = Course::Finishing(evaluation);
-                self.job(Job::Finish(evaluation));
-            }
-            Act::Fail { sentence } => self.job(Job::Abort(sentence)),
+            Act::Finish { evaluation } => self.course = Course::Finishing(evaluation),
+            // The workshop's alone.
+            Act::Fold { .. } | Act::Merge { .. } | Act::Train { .. } | Act::Fail { .. } => {}
             Act::End => self.part(CloseCode::GoingAway, Ok(Outcome::Stopped)),
         }
     }
@@ -385,10 +331,10 @@ impl Fleet {
 
     fn welcome(&mut self, conn: ConnId) {
         let Some(peer) = self.peers.get(&conn) else { return };
-        let plan = self.machine.plan();
+        let plan = self.core.machine().plan();
         let welcome = Welcome {
             version: PROTOCOL_VERSION,
-            run: self.machine.run(),
+            run: self.core.machine().run(),
             ed25519: self.world.door.identity.signing.public(),
             name: peer.worker.name.clone(),
             weight_max: peer.worker.weight_max,
@@ -463,7 +409,7 @@ impl Fleet {
     /// Whether everybody has heard the goodbye, and everything that was to be durable is.
     fn has_parted(&self) -> bool {
         let Course::Parting { until, outcome } = &self.course else { return false };
-        let done = self.peers.is_empty() && (self.gates.synced >= self.gates.syncing || outcome.is_err());
+        let done = self.peers.is_empty() && (self.core.is_durable() || outcome.is_err());
         done || Instant::now() >= *until
     }
 
@@ -504,7 +450,8 @@ impl Fleet {
     }
 
     fn receive(&mut self, conn: ConnId, task: TaskId, kind: TaskKind, hash: Hash, bytes: u64) {
-        let (ring, schema, spool) = (self.machine.plan().ring, self.world.schema.clone(), self.world.spool.clone());
+        let (ring, schema, spool) =
+            (self.core.machine().plan().ring, self.world.schema.clone(), self.world.spool.clone());
         let declared = Declared { task, kind, hash, bytes, ring, schema, spool };
         self.uploads.expect(conn, declared);
     }
@@ -557,17 +504,13 @@ impl Fleet {
         metrics.checkpoint_sync_seconds.record(took.as_secs_f64());
         metrics.checkpoint_bytes.set(lossy(bytes));
         self.seen.checkpoint = Some(Instant::now());
-        self.gates.synced = no;
-        self.tell();
-        while let Some(act) = self.gates.released() {
-            self.act(act);
-        }
+        self.core.synced(no);
     }
 
     fn written(&mut self, path: &Path) {
         let Course::Finishing(evaluation) = self.course else { return };
         self.course = Course::Lingering;
-        let status = self.machine.status();
+        let status = self.core.machine().status();
         if let Some(model) = status.model {
             self.world.show.done(status.round, &evaluation, model, path);
         }
@@ -625,7 +568,7 @@ impl Fleet {
     }
 
     fn show_page(&mut self) {
-        let status = self.machine.status();
+        let status = self.core.machine().status();
         let metrics = &self.world.door.telemetry.metrics;
         let busy = status.workers.iter().filter(|(_, busy)| *busy).count();
         metrics.permits_in_use.set(f64::from(status.permits_in_use));
@@ -637,39 +580,6 @@ impl Fleet {
             page.address = Some(self.world.address);
             page.status = Some(status);
         });
-    }
-}
-
-impl Gates {
-    /// Whether so much waits for the disk that nobody is listened to until it has answered: what peers say goes on to
-    /// fill their own connections, and not our memory.
-    fn are_full(&self) -> bool {
-        self.waiting.len() + self.untold.len() >= BACKLOG_MAX
-    }
-
-    /// The act, if its gate is open; else it is kept until [`Self::released`].
-    fn hold(&mut self, after: Gate, act: Act) -> Option<Act> {
-        match after {
-            // Events are handed to the store before any act that follows them is looked at.
-            Gate::Appended(_) => Some(act),
-            Gate::Synced(no) if no <= self.synced => Some(act),
-            Gate::Synced(no) => {
-                self.waiting.push_back((no, act));
-                None
-            }
-        }
-    }
-
-    /// The next event that may be told: a commit only once it is durable, and nothing that came after it before.
-    fn tellable(&mut self) -> Option<Event> {
-        let (no, event) = self.untold.front()?;
-        if event.is_commit() && *no > self.synced { None } else { self.untold.pop_front().map(|(_, event)| event) }
-    }
-
-    /// The next act whose gate has opened, in the order in which they were decided.
-    fn released(&mut self) -> Option<Act> {
-        let open = self.waiting.front().is_some_and(|(no, _)| *no <= self.synced);
-        if open { self.waiting.pop_front().map(|(_, act)| act) } else { None }
     }
 }
 
@@ -790,46 +700,6 @@ mod tests {
 
     fn upload(hash: u8) -> Upload {
         Upload { task: TASK, hash: Hash([hash; 32]), from: 0 }
-    }
-
-    #[test]
-    fn an_act_waits_for_the_sync_of_what_it_rests_on_and_keeps_its_place() {
-        let mut gates = Gates::default();
-        let end = |conn| Act::Welcome { conn };
-        assert!(gates.hold(Gate::Appended(EventNo(9)), end(ALICE)).is_some());
-        assert!(gates.hold(Gate::Synced(EventNo(3)), end(ALICE)).is_none());
-        assert!(gates.hold(Gate::Synced(EventNo(5)), end(BOB)).is_none());
-        assert_eq!(gates.released(), None);
-        gates.synced = EventNo(4);
-        assert_eq!(gates.released(), Some(end(ALICE)));
-        assert_eq!(gates.released(), None);
-        gates.synced = EventNo(5);
-        assert_eq!(gates.released(), Some(end(BOB)));
-        assert!(gates.hold(Gate::Synced(EventNo(5)), end(BOB)).is_some());
-    }
-
-    #[test]
-    fn a_commit_is_told_once_it_is_durable_and_what_follows_it_after_it() {
-        let commit = Event::Finished { evaluation: EvaluationSummary::default() };
-        let mut gates = Gates::default();
-        gates.untold.extend([(EventNo(1), Event::Voided), (EventNo(2), commit.clone()), (EventNo(3), Event::Voided)]);
-        assert_eq!(gates.tellable(), Some(Event::Voided));
-        assert_eq!(gates.tellable(), None);
-        gates.synced = EventNo(2);
-        assert_eq!(gates.tellable(), Some(commit));
-        assert_eq!(gates.tellable(), Some(Event::Voided));
-        assert_eq!(gates.tellable(), None);
-    }
-
-    #[test]
-    fn while_the_disk_does_not_answer_what_peers_say_piles_up_only_to_a_bound() {
-        let mut gates = Gates::default();
-        gates.untold.extend((1..).map(|no| (EventNo(no), Event::Voided)).take(BACKLOG_MAX - 1));
-        assert!(!gates.are_full());
-        assert!(gates.hold(Gate::Synced(EventNo(1)), Act::Welcome { conn: ALICE }).is_none());
-        assert!(gates.are_full());
-        gates.synced = EventNo(1);
-        assert!(gates.released().is_some() && !gates.are_full());
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! The coordinator: the shell around the [`Federation`] machine.
 //!
 //! [`run`] takes a state directory and a plan and trains one run, until it is over or somebody says stop. The event
-//! loop is [`fleet`]; around it: who may come ([`enrol`], [`registry`]), what connections do ([`conn`], [`intake`]), tensors
-//! and disk ([`workshop`], [`store`], [`state`]), what people type ([`cli`], [`config`], [`control`]) and see ([`show`],
-//! [`telemetry`], [`http`]). Many coordinators can live in one process: nothing here is global.
+//! loop is [`fleet`] around [`mod@core`]; beside it: who may come ([`enrol`], [`registry`]), what connections do
+//! ([`conn`], [`intake`]), tensors and disk ([`workshop`], [`store`], [`state`]), what people type ([`cli`], [`config`],
+//! [`control`]) and see ([`show`], [`telemetry`], [`http`]). Many coordinators can live in one process: nothing here is
+//! global.
 
 pub mod cli;
 pub mod config;
 pub mod conn;
 pub mod control;
+pub mod core;
 pub mod enrol;
 pub mod fleet;
 pub mod http;
