@@ -38,6 +38,14 @@ pub struct WorkKey {
     pub schema: Hash,
 }
 
+impl WorkKey {
+    /// Whether a receipt answers for it in the end. All else ends when it is held.
+    #[must_use]
+    pub fn earns_a_receipt(&self) -> bool {
+        matches!(self.kind, TaskKind::Update | TaskKind::Gradient | TaskKind::Partial)
+    }
+}
+
 /// A payload that was made, by its figures. The bytes are the shell's, under their hash.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Made {
@@ -55,6 +63,18 @@ pub struct Made {
     pub weight: u32,
     /// Figures beside it.
     pub metrics: Metrics,
+}
+
+/// A payload that waits for its receipt: what a shell writes down so that a process that is killed need not make it
+/// again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Kept {
+    /// What it was made for.
+    pub key: WorkKey,
+    /// The task that it is offered for.
+    pub task: TaskId,
+    /// Its figures.
+    pub made: Box<Made>,
 }
 
 /// What happened. Facts change durable state; a notice is for telemetry only.
@@ -285,14 +305,6 @@ struct Durable {
     kept: Option<Kept>,
 }
 
-/// The payload that waits for its receipt.
-#[derive(Clone, Debug, PartialEq)]
-struct Kept {
-    key: WorkKey,
-    task: TaskId,
-    made: Box<Made>,
-}
-
 /// The way to the coordinator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Link {
@@ -345,6 +357,13 @@ impl Member {
             outputs: VecDeque::new(),
             events: 0,
         }
+    }
+
+    /// A process that found what an earlier one made, and offers it as soon as it is in. What is of another run than the
+    /// coordinator's is dropped then.
+    #[must_use]
+    pub fn restored(instance: Instance, kept: Kept) -> Self {
+        Self { durable: Durable { kept: Some(kept) }, ..Self::new(instance) }
     }
 
     /// Takes in one input. Total: whatever a coordinator can send gets an act or silence, never a panic.
@@ -666,7 +685,7 @@ impl Member {
     /// Surveys, rows and evaluations end here; an update is kept until its receipt.
     fn held(&mut self, task: TaskId, hash: Hash) {
         let Some(kept) = self.kept_for(task).filter(|kept| kept.made.hash == hash) else { return };
-        let done = !matches!(kept.key.kind, TaskKind::Update | TaskKind::Gradient | TaskKind::Partial);
+        let done = !kept.key.earns_a_receipt();
         self.notice(Notice::Held { task });
         self.set_answered(true);
         if done {
@@ -734,7 +753,112 @@ impl Durable {
 
 #[cfg(test)]
 mod tests {
+    use crate::ids::{ContentId, WorkerId};
+    use crate::messages::{ContentKey, ContentRef};
+
     use super::*;
+
+    const UPDATE: TaskId = TaskId(1 << 32 | 7);
+
+    fn kept() -> Kept {
+        let hash = Hash([3; 32]);
+        let key = WorkKey {
+            run: RunId([1; 16]),
+            round: 4,
+            base: Hash([2; 32]),
+            kind: TaskKind::Update,
+            schema: Hash([0; 32]),
+        };
+        let made =
+            Made { hash, bytes: 400, layout: hash, examples: 32, steps: 8, weight: 32, metrics: Metrics::default() };
+        Kept { key, task: UPDATE, made: Box::new(made) }
+    }
+
+    fn offer(task: TaskId) -> Act {
+        Act::Offer { task, key: kept().key, made: kept().made }
+    }
+
+    /// In, with what it still had to say about `acts`.
+    fn join(member: &mut Member, now: Time) -> Vec<Act> {
+        member.handle(now, Input::Tick);
+        connect(member, now, 1);
+        member.handle(now, Input::Considered(Ok(())));
+        acts(member)
+    }
+
+    fn said(member: &mut Member, message: ToWorker) -> Vec<Act> {
+        member.handle(Time(2), Input::Said(message));
+        acts(member)
+    }
+
+    fn assignment(task: TaskId) -> ToWorker {
+        let content = |hash| ContentRef { id: ContentId([0; 16]), key: ContentKey([0; 32]), hash, bytes: 400 };
+        ToWorker::Assigned(Box::new(Assigned {
+            task,
+            round: 4,
+            kind: TaskKind::Update,
+            schema: None,
+            model: Some(content(Hash([2; 32]))),
+            layout: Hash([3; 32]),
+            weight_shift: 0,
+        }))
+    }
+
+    #[test]
+    fn what_an_earlier_process_made_is_offered_as_soon_as_this_one_is_in() {
+        let mut member = Member::restored(Instance(1), kept());
+        assert!(join(&mut member, Time(1)).ends_with(&[Act::Send(FromWorker::Ready), offer(UPDATE)]));
+        let Output::Wait(Some(beat)) = member.poll() else { unreachable!("it beats") };
+        member.handle(beat, Input::Tick);
+        assert_eq!(acts(&mut member), [Act::Beat { task: UPDATE }]);
+        let receipt = Receipt {
+            run: RunId([1; 16]),
+            worker: WorkerId([0; 16]),
+            task: UPDATE,
+            hash: Hash([3; 32]),
+            round: 4,
+            model_hash: Hash([9; 32]),
+        };
+        member.handle(beat, Input::Receipted(receipt));
+        assert_eq!(acts(&mut member), [Act::Drop { hash: Hash([3; 32]) }]);
+    }
+
+    #[test]
+    fn what_an_earlier_process_made_is_offered_for_the_successor_of_a_task_that_is_late() {
+        let mut member = Member::restored(Instance(1), kept());
+        join(&mut member, Time(1));
+        assert_eq!(said(&mut member, ToWorker::Late { task: UPDATE }), []);
+        let successor = TaskId(2 << 32 | 1);
+        assert_eq!(said(&mut member, assignment(successor)), [offer(successor)]);
+        assert_eq!(said(&mut member, ToWorker::Late { task: successor }), []);
+        member.handle(Time(3), Input::Lost);
+        assert!(join(&mut member, Time(u64::MAX / 2)).ends_with(&[offer(successor)]), "it is offered until a receipt");
+    }
+
+    #[test]
+    fn what_was_made_in_another_run_is_dropped_and_not_offered() {
+        let mut old = kept();
+        old.key.run = RunId([2; 16]);
+        let mut member = Member::restored(Instance(1), old);
+        let acts = join(&mut member, Time(1));
+        assert!(acts.contains(&Act::Drop { hash: Hash([3; 32]) }), "{acts:?}");
+        assert!(!acts.iter().any(|act| matches!(act, Act::Offer { .. })), "{acts:?}");
+    }
+
+    #[test]
+    fn a_worker_that_slept_for_an_hour_tries_again_at_once() {
+        let mut member = Member::restored(Instance(1), kept());
+        join(&mut member, Time(1));
+        let woken = Time(1).after(Duration::from_secs(3600));
+        member.handle(woken, Input::Tick);
+        assert_eq!(acts(&mut member), [Act::Beat { task: UPDATE }], "one beat, not an hour of them");
+        member.handle(woken, Input::Lost);
+        assert_eq!(acts(&mut member), []);
+        let Output::Wait(Some(at)) = member.poll() else { unreachable!("it waits for its next attempt") };
+        assert!(at.since(woken) <= Duration::from_millis(100), "{:?}", at.since(woken));
+        let rejoined = join(&mut member, at);
+        assert!(rejoined.starts_with(&[Act::Connect]) && rejoined.ends_with(&[offer(UPDATE)]), "{rejoined:?}");
+    }
 
     fn acts(member: &mut Member) -> Vec<Act> {
         let outputs = core::iter::from_fn(|| match member.poll() {
