@@ -4,6 +4,7 @@ use std::io;
 
 use learning::DataError;
 use protocol::invitation::InvitationError;
+use protocol::limits::SENTENCE_LEN_MAX;
 use transport::SetupError;
 
 use crate::enrol::EnrolError;
@@ -90,4 +91,27 @@ pub enum WorkerError {
     /// A bug: the training thread is gone.
     #[error("training ended unexpectedly; this is a bug")]
     TrainingDied,
+}
+
+/// An error and what it rests on, as one sentence of bounded length.
+pub(crate) fn sentence(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        text = format!("{text}: {source}");
+        next = source.source();
+    }
+    text.truncate(text.floor_char_boundary(SENTENCE_LEN_MAX));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sentence_is_bounded() {
+        let error = io::Error::other("ä".repeat(SENTENCE_LEN_MAX));
+        assert_eq!(sentence(&error).len(), SENTENCE_LEN_MAX);
+    }
 }

@@ -50,30 +50,65 @@ pub(crate) fn replace<T, E: From<FileError>>(
     mode: u32,
     fill: impl FnOnce(&mut File) -> Result<T, E>,
 ) -> Result<T, E> {
-    let mut aside = path.as_os_str().to_owned();
-    aside.push(".aside");
-    let aside = PathBuf::from(aside);
-    remove(&aside)?;
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(&aside)
-        .map_err(|e| FileError::new(path, "write", e))?;
-    let filled = match fill(&mut file) {
-        Ok(filled) => filled,
-        Err(error) => {
-            remove(&aside)?;
-            return Err(error);
-        }
-    };
+    let aside = Aside::of(path)?;
+    let (file, filled) = aside.fill(mode, fill)?;
     file.sync_all().map_err(|e| FileError::new(path, "write", e))?;
-    fs::rename(&aside, path).map_err(|e| FileError::new(path, "replace", e))?;
+    aside.rename()?;
     sync_directory(parent(path))?;
     Ok(filled)
 }
 
-fn remove(path: &Path) -> Result<(), FileError> {
+/// Writes a file of mode 0600 that is whole even if this process is killed meanwhile. Nothing is synced: after a power
+/// failure anything may stand there, so whoever reads it must be able to tell.
+pub(crate) fn write_unsynced(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+    let aside = Aside::of(path)?;
+    aside.fill(0o600, |file| file.write_all(bytes).map_err(|e| FileError::new(path, "write", e)))?;
+    aside.rename()
+}
+
+/// Where a file is written before it takes its name.
+struct Aside<'a> {
+    path: &'a Path,
+    aside: PathBuf,
+}
+
+impl<'a> Aside<'a> {
+    /// What an earlier process left there is removed.
+    fn of(path: &'a Path) -> Result<Self, FileError> {
+        let mut aside = path.as_os_str().to_owned();
+        aside.push(".aside");
+        let aside = PathBuf::from(aside);
+        remove(&aside)?;
+        Ok(Self { path, aside })
+    }
+
+    fn fill<T, E: From<FileError>>(
+        &self,
+        mode: u32,
+        fill: impl FnOnce(&mut File) -> Result<T, E>,
+    ) -> Result<(File, T), E> {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(mode)
+            .open(&self.aside)
+            .map_err(|e| FileError::new(self.path, "write", e))?;
+        match fill(&mut file) {
+            Ok(filled) => Ok((file, filled)),
+            Err(error) => {
+                remove(&self.aside)?;
+                Err(error)
+            }
+        }
+    }
+
+    fn rename(&self) -> Result<(), FileError> {
+        fs::rename(&self.aside, self.path).map_err(|e| FileError::new(self.path, "replace", e))
+    }
+}
+
+/// Removes a file, if it is there.
+pub(crate) fn remove(path: &Path) -> Result<(), FileError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(FileError::new(path, "remove", error)),
         _ => Ok(()),

@@ -3,7 +3,8 @@
 //! What a worker decides is [`protocol::member::Member`]'s; what it learns is `learning`'s. Here is what touches the
 //! world, in the order in which it happens: [`cli`] says what to do, [`state`] whose keys these are, [`enrolments`] and
 //! `enrol` who invited us, `link` how we are connected, [`run`] what goes on then, `trainer` the thread that computes,
-//! `transfer` and `contents` what travels on streams of their own, [`receipts`] the proof that stays.
+//! `transfer` and `contents` what travels on streams of their own, `keeper` what survives this process, [`receipts`] the
+//! proof that stays.
 
 pub mod cli;
 mod contents;
@@ -11,6 +12,7 @@ mod enrol;
 pub mod enrolments;
 mod error;
 mod files;
+mod keeper;
 mod link;
 mod options;
 mod predict;

@@ -1,16 +1,18 @@
 //! Receipts: the coordinator's signed word that an update is in the model, kept so that anybody can verify them later.
 //!
 //! One log a run, one line a receipt, in hex: the coordinator's Ed25519 key, the signature, the postcard of the receipt.
-//! A line is written at once and synced when the worker ends: the update is safe with the coordinator, and only a power
-//! failure here can cost the last lines of its proof.
+//! A line is written at once and synced soon after, off the loop: the update is safe with the coordinator, and only a
+//! power failure here can cost the last lines of its proof.
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use data_encoding::HEXLOWER;
-use protocol::ids::RunId;
+use protocol::ids::{Hash, RunId};
 use protocol::messages::{DecodeError, Receipt, Signed, decode};
 use protocol::session::sign::{RECEIPT_CONTEXT, SignatureError, verify};
 
@@ -18,6 +20,9 @@ use crate::files::{self, FileError};
 
 /// The longest line of a log, in bytes: a key, a signature and a receipt in hex have fewer than 500.
 const LINE_BYTES_MAX: u64 = 1024;
+
+/// Lines that wait for a disk that takes none, in bytes: some ten thousand receipts.
+const WAITING_BYTES_MAX: usize = 4 << 20;
 
 /// Why a receipt is worth nothing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -125,51 +130,108 @@ pub fn verify_log(
     Ok(coordinator)
 }
 
-/// The receipts of one run.
+/// The receipts of one run. A disk that takes no line now is asked again with the next.
 #[derive(Debug)]
 pub(crate) struct ReceiptLog {
+    directory: PathBuf,
+    run: RunId,
+    open: Option<OpenLog>,
+    /// Those that were said in this run, by the hash of what was signed.
+    known: BTreeSet<Hash>,
+    /// Lines that are not in the file.
+    waiting: String,
+}
+
+/// The file behind a log.
+#[derive(Debug)]
+struct OpenLog {
     path: PathBuf,
-    file: File,
+    file: Arc<File>,
+    /// The length of its whole lines.
+    bytes: u64,
 }
 
 impl ReceiptLog {
-    /// Opens the run's log in `directory`, or begins it.
-    pub(crate) fn open(directory: &Path, run: RunId) -> Result<Self, FileError> {
-        let path = directory.join(format!("{run}.log"));
-        let file = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|e| FileError::new(&path, "open", e))?;
-        mend(&path).map_err(|e| FileError::new(&path, "mend", e))?;
-        files::sync_directory(directory)?;
-        Ok(Self { path, file })
+    /// The run's log in `directory`, which is begun with the first receipt.
+    pub(crate) fn new(directory: PathBuf, run: RunId) -> Self {
+        let known = known(&path_of(&directory, run));
+        Self { directory, run, open: None, known, waiting: String::new() }
     }
 
-    /// Keeps one receipt.
-    pub(crate) fn keep(&mut self, coordinator: &[u8; 32], signed: &Signed) -> Result<(), FileError> {
-        let hex = |bytes: &[u8]| HEXLOWER.encode(bytes);
-        let line = format!("{} {} {}\n", hex(coordinator), hex(&signed.signature), hex(&signed.bytes));
-        self.file.write_all(line.as_bytes()).map_err(|e| FileError::new(&self.path, "write", e))
+    /// Whether it is of this run.
+    pub(crate) fn is_of(&self, run: RunId) -> bool {
+        self.run == run
     }
 
-    /// Makes what was kept durable.
-    pub(crate) fn sync(&self) -> Result<(), FileError> {
-        self.file.sync_data().map_err(|e| FileError::new(&self.path, "sync", e))
+    /// Takes in one receipt; whether it is new. Many come again after a reconnect.
+    pub(crate) fn add(&mut self, coordinator: &[u8; 32], signed: &Signed) -> bool {
+        let new = self.known.insert(Hash::of(&signed.bytes));
+        if new && self.waiting.len() < WAITING_BYTES_MAX {
+            let hex = |bytes: &[u8]| HEXLOWER.encode(bytes);
+            self.waiting += &format!("{} {} {}\n", hex(coordinator), hex(&signed.signature), hex(&signed.bytes));
+        }
+        new
+    }
+
+    /// Writes what is not in the file yet; gives the file if there was something.
+    pub(crate) fn write(&mut self) -> Result<Option<Arc<File>>, FileError> {
+        if self.waiting.is_empty() {
+            return Ok(None);
+        }
+        let log = match &mut self.open {
+            Some(log) => log,
+            none => none.insert(OpenLog::open(&self.directory, self.run)?),
+        };
+        log.append(self.waiting.as_bytes())?;
+        self.waiting.clear();
+        Ok(Some(Arc::clone(&log.file)))
     }
 }
 
-/// Cuts off a last line that a crash left half written.
-fn mend(path: &Path) -> io::Result<()> {
-    let mut file = OpenOptions::new().read(true).write(true).open(path)?;
+impl OpenLog {
+    fn open(directory: &Path, run: RunId) -> Result<Self, FileError> {
+        let path = path_of(directory, run);
+        let mut options = OpenOptions::new();
+        options.read(true).append(true).create(true).mode(0o600);
+        let file = options.open(&path).map_err(|e| FileError::new(&path, "open", e))?;
+        let bytes = mend(&file).map_err(|e| FileError::new(&path, "mend", e))?;
+        files::sync_directory(directory)?;
+        Ok(Self { path, file: Arc::new(file), bytes })
+    }
+
+    /// Appends all of it or, as far as the disk allows, nothing: what a full disk took of it is cut off first.
+    fn append(&mut self, lines: &[u8]) -> Result<(), FileError> {
+        let mut file = &*self.file;
+        let written = file.set_len(self.bytes).and_then(|()| file.write_all(lines));
+        written.map_err(|e| FileError::new(&self.path, "write", e))?;
+        self.bytes += lines.len() as u64;
+        Ok(())
+    }
+}
+
+fn path_of(directory: &Path, run: RunId) -> PathBuf {
+    directory.join(format!("{run}.log"))
+}
+
+/// The receipts that a log holds, by the hash of what was signed. A log that cannot be read holds none.
+fn known(path: &Path) -> BTreeSet<Hash> {
+    let Ok(file) = File::open(path) else { return BTreeSet::new() };
+    let lines = BufReader::new(file).lines().map_while(Result::ok);
+    lines.filter_map(|line| Some(Hash::of(&HEXLOWER.decode(line.rsplit(' ').next()?.as_bytes()).ok()?))).collect()
+}
+
+/// Cuts off a last line that a crash left half written; the length of what is left.
+fn mend(mut file: &File) -> io::Result<u64> {
     let length = file.metadata()?.len();
     let from = length.saturating_sub(LINE_BYTES_MAX);
     let mut tail = Vec::new();
     file.seek(SeekFrom::Start(from))?;
     file.read_to_end(&mut tail)?;
-    let half = tail.iter().rev().take_while(|&&byte| byte != b'\n').count();
-    if half > 0 { file.set_len(length - half as u64) } else { Ok(()) }
+    let half = tail.iter().rev().take_while(|&&byte| byte != b'\n').count() as u64;
+    if half > 0 {
+        file.set_len(length - half)?;
+    }
+    Ok(length - half)
 }
 
 #[cfg(test)]
@@ -178,7 +240,7 @@ mod tests {
     use std::fs;
 
     use ed25519_dalek::SigningKey;
-    use protocol::ids::{Hash, TaskId, WorkerId};
+    use protocol::ids::{TaskId, WorkerId};
     use protocol::messages::encode;
     use protocol::session::sign::sign;
 
@@ -201,12 +263,49 @@ mod tests {
         Signed { bytes, signature }
     }
 
+    /// A process gets a receipt; whether it is new.
+    fn add(directory: &Path, round: u32) -> bool {
+        let mut log = ReceiptLog::new(directory.to_owned(), RUN);
+        let new = log.add(&key().verifying_key().to_bytes(), &signed(round));
+        assert_eq!(log.write().unwrap().is_some(), new);
+        new
+    }
+
+    #[test]
+    fn a_receipt_that_comes_again_stands_in_the_log_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let rounds = [1, 2, 1, 2, 3, 3].map(|round| add(directory.path(), round));
+        assert_eq!(rounds, [true, true, false, false, true, false]);
+        let log = fs::read_to_string(directory.path().join(format!("{RUN}.log"))).unwrap();
+        assert_eq!(log.lines().count(), 3);
+    }
+
+    #[test]
+    fn what_the_disk_did_not_take_is_written_with_the_next() {
+        let directory = tempfile::tempdir().unwrap();
+        let (there, path) = (directory.path().join("receipts"), directory.path().join(format!("receipts/{RUN}.log")));
+        let public = key().verifying_key().to_bytes();
+        let mut log = ReceiptLog::new(there.clone(), RUN);
+        log.add(&public, &signed(1));
+        assert!(log.write().is_err());
+        fs::create_dir(&there).unwrap();
+        log.add(&public, &signed(2));
+        log.write().unwrap();
+        // A full disk takes half a line.
+        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"0123").unwrap();
+        log.add(&public, &signed(3));
+        log.write().unwrap();
+        let mut rounds = Vec::new();
+        verify_log(&path, None, |receipt| rounds.push(receipt.round)).unwrap();
+        assert_eq!(rounds, [1, 2, 3]);
+    }
+
     #[test]
     fn a_log_can_be_verified_offline_line_by_line() {
         let directory = tempfile::tempdir().unwrap();
         let public = key().verifying_key().to_bytes();
         for round in 1..=3 {
-            ReceiptLog::open(directory.path(), RUN).unwrap().keep(&public, &signed(round)).unwrap();
+            add(directory.path(), round);
         }
         let path = directory.path().join(format!("{RUN}.log"));
         let mut read = Vec::new();
@@ -226,7 +325,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(format!("{RUN}.log"));
         fs::write(&path, "0123").unwrap();
-        ReceiptLog::open(directory.path(), RUN).unwrap().keep(&key().verifying_key().to_bytes(), &signed(1)).unwrap();
+        add(directory.path(), 1);
         assert!(open_line(fs::read_to_string(&path).unwrap().trim()).is_ok());
     }
 

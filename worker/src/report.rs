@@ -56,7 +56,7 @@ pub enum Line {
         /// Rows held out.
         held_out_rows: usize,
     },
-    /// Something about the data that its owner should know.
+    /// Something about the data, or about the disk, that the owner should know.
     Note {
         /// What.
         text: String,

@@ -4,11 +4,12 @@
 //! happen in tasks and a thread of their own, which report here; what belongs to an earlier connection is known by its
 //! number and dropped. Work that takes long never runs here, so that beats leave while it does.
 //!
-//! Nothing of the machine's durable state is written down: a payload is a pure function of what a restarted worker is
-//! told anyway, so it is made again.
+//! What the machine keeps until its receipt is written by a thread of its own, behind the offer and not before it: a
+//! payload is a pure function of what a restarted worker is told anyway, so what was not written yet is made again.
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::io;
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -19,9 +20,9 @@ use learning::Table;
 use protocol::evaluation::summarise;
 use protocol::ids::{ContentId, Hash, Instance, TaskId, Time, WorkerId};
 use protocol::limits::PAYLOAD_AT_ONCE_BYTES_MAX;
-use protocol::member::{Act, Ending, Event, Input, Made, Member, Notice, Output, WorkKey};
+use protocol::member::{Act, Ending, Event, Input, Kept, Made, Member, Notice, Output, WorkKey};
 use protocol::messages::{
-    Assigned, ContentRef, Encoding, FromWorker, Manifest, Signed, ToWorker, Upload, Welcome, encode, printable,
+    Assigned, ContentRef, Encoding, FromWorker, Manifest, Receipt, Signed, ToWorker, Upload, Welcome, encode, printable,
 };
 use protocol::session::sign::{MANIFEST_CONTEXT, sign};
 use tokio::sync::mpsc;
@@ -30,7 +31,8 @@ use transport::{Client, ClientOptions, CloseCode, RecvStream};
 use crate::contents::{Contents, Due};
 use crate::enrol::Enroller;
 use crate::enrolments::{Enrolment, Enrolments};
-use crate::error::WorkerError;
+use crate::error::{WorkerError, sentence};
+use crate::keeper::{self, DataMark, Keeper, Origin, Restored};
 use crate::link::{FromLink, Link, LinkEnd, LinkError};
 use crate::options::{Hooks, Options};
 use crate::receipts::{self, ReceiptLog};
@@ -70,7 +72,7 @@ pub enum Outcome {
 /// What is wrong.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<Outcome, WorkerError> {
     let mut shutdown = pin!(shutdown);
-    let table = tokio::select! {
+    let (table, mark) = tokio::select! {
         table = read_table(&options) => table?,
         () = &mut shutdown => return stopped(&options.report),
     };
@@ -90,7 +92,9 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         enrolment = enroller.settle(options.join.as_ref()) => enrolment?,
         () = &mut shutdown => return stopped(&options.report),
     };
-    let shell = Shell::new(options, &state, table, Arc::clone(&enroller), enrolment)?;
+    let origin = Origin::new(&enrolment.coordinator, &enrolment.name, options.label.as_deref(), mark);
+    let kept = restore(state.kept(), origin, options.report.clone()).await?;
+    let shell = Shell::new(options, &state, table, Arc::clone(&enroller), enrolment, kept)?;
     let outcome = shell.run(shutdown).await;
     enroller.client.close(CloseCode::Done, "");
     // So that the coordinator hears of it; one that is gone hears nothing, and the bound is for that.
@@ -104,10 +108,22 @@ fn stopped(report: &Report) -> Result<Outcome, WorkerError> {
 }
 
 /// A file that cannot be used is an error before anybody is asked anything, and leaves no state directory behind.
-async fn read_table(options: &Options) -> Result<Table, WorkerError> {
+async fn read_table(options: &Options) -> Result<(Table, Option<DataMark>), WorkerError> {
     let path = options.data.clone();
-    let read = tokio::task::spawn_blocking(move || Table::read(&path));
-    Ok(read.await.map_err(|error| WorkerError::Runtime(error.into()))??)
+    let read = tokio::task::spawn_blocking(move || {
+        let mark = DataMark::of(&path).ok();
+        Ok((Table::read(&path)?, mark))
+    });
+    read.await.map_err(|error| WorkerError::Runtime(error.into()))?
+}
+
+/// What an earlier process kept, and the thread that keeps from now on.
+async fn restore(place: PathBuf, origin: Origin, report: Report) -> Result<(Keeper, Option<Restored>), WorkerError> {
+    let read = tokio::task::spawn_blocking(move || {
+        let restored = keeper::read(&place, origin);
+        Ok((Keeper::start(place, origin, restored.as_ref(), report)?, restored))
+    });
+    read.await.map_err(io::Error::from).flatten().map_err(WorkerError::Runtime)
 }
 
 /// What is reported to the loop.
@@ -162,9 +178,12 @@ struct Shell {
     payloads: BTreeMap<Hash, Bytes>,
     /// The task for which one was offered last.
     offered: Option<TaskId>,
+    keeper: Keeper,
     receipt_directory: PathBuf,
     receipts: Option<ReceiptLog>,
     receipt_count: u64,
+    /// The disk does not take receipts, which was said.
+    said_unwritten: bool,
 }
 
 /// The task that the machine wants done.
@@ -183,14 +202,20 @@ impl Shell {
         table: Table,
         enroller: Arc<Enroller>,
         enrolment: Enrolment,
+        (keeper, restored): (Keeper, Option<Restored>),
     ) -> Result<Self, WorkerError> {
         let (reports, inbox) = mpsc::channel(REPORTS_MAX);
         let report = options.report.clone();
         let hooks = options.hooks.clone();
         let trainer_reports = reports.clone();
         let say = move |report| drop(trainer_reports.blocking_send(Happening::Trainer(report)));
+        let payloads = restored.iter().map(|restored| (restored.kept.made.hash, restored.payload.clone())).collect();
+        let member = match restored {
+            Some(Restored { kept, .. }) => Member::restored(instance()?, kept),
+            None => Member::new(instance()?),
+        };
         Ok(Self {
-            member: Member::new(instance()?),
+            member,
             born: Instant::now(),
             enroller,
             enrolment,
@@ -208,11 +233,13 @@ impl Shell {
             contents: Contents::new(),
             work: Work::None,
             assigned: None,
-            payloads: BTreeMap::new(),
+            payloads,
             offered: None,
+            keeper,
             receipt_directory: state.receipts(),
             receipts: None,
             receipt_count: 0,
+            said_unwritten: false,
         })
     }
 
@@ -255,7 +282,7 @@ impl Shell {
             match self.member.poll() {
                 Output::Append(event) => self.hear(&event),
                 Output::Act { act: Act::Exit(ending), .. } => return Next::Exit(ending),
-                // Nothing is written down, so an act's gate is open once its event was polled, which is before it.
+                // No act waits for the disk, so its gate is open once its event was polled, which is before it.
                 Output::Act { act, .. } => self.act(act),
                 Output::Wait(at) => return Next::Wait(at.map(|at| at.since(self.now()))),
             }
@@ -453,7 +480,8 @@ impl Shell {
         self.hooks.see(|| encode(&message));
         match &message {
             ToWorker::Welcome(welcome) => {
-                self.receipts = Some(ReceiptLog::open(&self.receipt_directory, welcome.run)?);
+                self.receipts.take_if(|log| !log.is_of(welcome.run));
+                self.receipts.get_or_insert_with(|| ReceiptLog::new(self.receipt_directory.clone(), welcome.run));
                 self.welcome = Some(welcome.clone());
             }
             ToWorker::Assigned(assigned) => self.assigned = Some(assigned.clone()),
@@ -471,14 +499,32 @@ impl Shell {
     fn receipted(&mut self, signed: &Signed) -> Result<(), WorkerError> {
         let Some(welcome) = &self.welcome else { return Ok(()) };
         let receipt = receipts::open(&welcome.ed25519, signed)?;
-        if let Some(log) = &mut self.receipts {
-            log.keep(&welcome.ed25519, signed)?;
+        if self.receipts.as_mut().is_some_and(|log| log.add(&welcome.ed25519, signed)) {
+            self.write_receipts();
+            self.receipt_count += 1;
+            let Receipt { round, task, hash, model_hash, .. } = receipt;
+            self.report.say(&Line::Receipt { round, task, hash, model_hash });
         }
-        self.receipt_count += 1;
-        let (round, task) = (receipt.round, receipt.task);
-        self.report.say(&Line::Receipt { round, task, hash: receipt.hash, model_hash: receipt.model_hash });
         self.tell(Input::Receipted(receipt));
         Ok(())
+    }
+
+    /// The updates are safe with the coordinator, so a disk that does not take the proof of it is not worth an end.
+    fn write_receipts(&mut self) {
+        let Some(log) = &mut self.receipts else { return };
+        match log.write() {
+            Ok(written) => {
+                self.said_unwritten = false;
+                written.into_iter().for_each(|file| self.keeper.sync_soon(file));
+            }
+            Err(error) if !self.said_unwritten => {
+                self.said_unwritten = true;
+                let text =
+                    format!("receipts cannot be written, and wait in memory until they can: {}", sentence(&error));
+                self.report.say(&Line::Note { text });
+            }
+            Err(_) => {}
+        }
     }
 
     fn opened(&mut self, number: u32, mut stream: RecvStream) {
@@ -572,10 +618,16 @@ impl Shell {
 
     fn hear(&mut self, event: &Event) {
         match event {
-            Event::Made { key, made, .. } => self.say_made(*key, made),
+            Event::Made { key, task, made } => {
+                self.say_made(*key, made);
+                if let Some(payload) = self.payloads.get(&made.hash).filter(|_| key.earns_a_receipt()) {
+                    self.keeper.keep(Kept { key: *key, task: *task, made: made.clone() }, payload.clone());
+                }
+            }
+            Event::Renamed { task } => self.keeper.rename(*task),
+            Event::Dropped { hash } => self.keeper.forget(*hash),
             Event::Notice(Notice::Failed { failure }) => tracing::warn!(?failure, "training gave nothing to offer"),
             Event::Notice(notice) => tracing::debug!(?notice),
-            Event::Renamed { .. } | Event::Dropped { .. } => {}
         }
     }
 
@@ -617,18 +669,19 @@ impl Shell {
         if let Some(link) = self.link.take() {
             link.close(CloseCode::Done).await;
         }
-        if let Some(log) = &mut self.receipts {
-            log.sync()?;
-        }
+        self.write_receipts();
+        let Self { keeper, report, receipt_count, misfit, .. } = self;
+        // It waits for the disk, and the connection's last words must not.
+        tokio::task::spawn_blocking(move || drop(keeper)).await.map_err(|error| WorkerError::Runtime(error.into()))?;
         match ending {
             Ending::Finished { model_hash } => {
-                self.report.say(&Line::Done { model_hash, receipts: self.receipt_count });
+                report.say(&Line::Done { model_hash, receipts: receipt_count });
                 Ok(Outcome::Finished { model_hash })
             }
-            Ending::Stopped => stopped(&self.report),
+            Ending::Stopped => stopped(&report),
             Ending::Displaced => Err(WorkerError::Displaced),
             Ending::Rejected(sentence) => Err(WorkerError::Rejected(printable(&sentence))),
-            Ending::Declined(sentence) => Err(WorkerError::Declined(self.misfit.take().unwrap_or(sentence))),
+            Ending::Declined(sentence) => Err(WorkerError::Declined(misfit.unwrap_or(sentence))),
             Ending::Aborted => Err(WorkerError::Aborted),
         }
     }
@@ -643,7 +696,7 @@ enum Next {
 /// A nonce of this process.
 fn instance() -> Result<Instance, WorkerError> {
     let mut bytes = [0; 8];
-    getrandom::fill(&mut bytes).map_err(|error| WorkerError::Runtime(std::io::Error::other(error)))?;
+    getrandom::fill(&mut bytes).map_err(|error| WorkerError::Runtime(io::Error::other(error)))?;
     Ok(Instance(u64::from_le_bytes(bytes)))
 }
 

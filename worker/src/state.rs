@@ -11,6 +11,7 @@
 //! identity.key    Ed25519, PKCS#8, 0600       session.key    X25519, the same
 //! coordinators/   one enrolment a coordinator key: <hex of its X25519 key>.json
 //! receipts/       one log a run: <run>.log
+//! kept/           what was made and has no receipt yet: see `keeper`
 //! ```
 
 use std::ffi::{OsStr, OsString};
@@ -100,6 +101,12 @@ impl State {
     #[must_use]
     pub fn receipts(&self) -> PathBuf {
         self.root.join("receipts")
+    }
+
+    /// Where what was made waits for its receipt. Made when it is needed.
+    #[must_use]
+    pub fn kept(&self) -> PathBuf {
+        self.root.join("kept")
     }
 }
 
@@ -434,7 +441,8 @@ fn lock(root: &Path) -> Result<File, StateError> {
         }
         Err(TryLockError::Error(error)) => return Err(failed("lock")(error).into()),
     }
-    file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(failed("write"))?;
+    // For a person who is told that it is locked: a full disk is no reason to stop here.
+    let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
     Ok(file)
 }
 

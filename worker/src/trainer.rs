@@ -18,12 +18,13 @@ use learning::{DataError, Dataset, Network, Note, Schema, Shard, Stopped, Table,
 use protocol::evaluation::Evaluation;
 use protocol::ids::{Hash, TaskId};
 use protocol::layout::{from_bytes, to_bytes};
-use protocol::limits::{ROWS_BYTES_MAX, SENTENCE_LEN_MAX};
+use protocol::limits::ROWS_BYTES_MAX;
 use protocol::member::Made;
 use protocol::messages::{Assigned, Failure, Leave, Metrics, TaskKind, Welcome};
 use protocol::plan::{LearningPlan, Mode};
 
 use crate::contents::Needs;
+use crate::error::sentence;
 use crate::options::Options;
 
 /// One order of work: whether it is still wanted, and how far it is.
@@ -470,18 +471,6 @@ fn tell_owner(error: DataError, say: &dyn Fn(FromTrainer)) -> String {
     sentence(&error.without_cells())
 }
 
-/// An error and what it rests on, as one sentence of bounded length.
-fn sentence(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        text = format!("{text}: {source}");
-        next = source.source();
-    }
-    text.truncate(text.floor_char_boundary(SENTENCE_LEN_MAX));
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -494,11 +483,5 @@ mod tests {
         assert_eq!(weight(u64::MAX, 0, 77), 77);
         assert_eq!(weight(5, 64, 10), 1);
         assert_eq!(weight(5, 0, 0), 1);
-    }
-
-    #[test]
-    fn a_sentence_is_bounded() {
-        let error = io::Error::other("ä".repeat(SENTENCE_LEN_MAX));
-        assert_eq!(sentence(&error).len(), SENTENCE_LEN_MAX);
     }
 }

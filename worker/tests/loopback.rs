@@ -7,11 +7,10 @@ use std::sync::Arc;
 
 use protocol::ids::{Hash, TaskId};
 use protocol::limits::MODEL_BYTES_MAX;
-use protocol::messages::{EnrolAnswer, EnrolRefusal, FromWorker, Leave, Manifest, Refusal, TaskKind, ToWorker};
+use protocol::messages::{EnrolAnswer, EnrolRefusal, FromWorker, Leave, Manifest, Refusal, TaskKind, ToWorker, Upload};
 use protocol::plan::Mode;
 use stage::{Stage, plan};
 use transport::CloseCode;
-use tributary_worker::receipts::open_line;
 use tributary_worker::report::Line;
 use tributary_worker::{EnrolError, Hooks, Outcome, WorkerError};
 
@@ -36,9 +35,8 @@ async fn a_worker_enrols_joins_trains_and_keeps_its_receipt() {
     peer.finish().await;
     assert_eq!(worker.await.unwrap().unwrap(), Outcome::Finished { model_hash: stage::FINAL_MODEL });
 
-    let log = std::fs::read_dir(stage.state().join("receipts")).unwrap().next().unwrap().unwrap().path();
-    let (_, receipt) = open_line(std::fs::read_to_string(log).unwrap().trim()).unwrap();
-    assert_eq!((receipt.task, receipt.hash), (UPDATE, manifest.hash));
+    let receipts = stage.receipts();
+    assert_eq!((receipts[0].task, receipts[0].hash, receipts.len()), (UPDATE, manifest.hash, 1));
     let lines = stage.lines();
     assert!(matches!(lines[0], Line::Enrolled { .. }), "{lines:?}");
     assert!(matches!(lines[1], Line::Joined { training_rows: 32, held_out_rows: 8, .. }), "{lines:?}");
@@ -169,6 +167,126 @@ async fn an_update_is_offered_again_after_a_reconnect_without_training_again() {
     assert_eq!(second, first);
     assert_eq!(Hash::of(&payload), first.hash);
     peer.give_receipt(&second).await;
+    peer.finish().await;
+    worker.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_worker_offers_what_it_had_made_without_training_again() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let frozen = peer.survey(SURVEY).await;
+    peer.assign_update(UPDATE, &frozen).await;
+    let (first, _) = peer.take_offer().await;
+    stage.kill(worker).await;
+
+    let worker = stage.start(|_| ());
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let (second, payload) = peer.take_offer().await;
+    assert_eq!((&second, Hash::of(&payload)), (&first, first.hash));
+    // The coordinator was restarted too, and asks for the same work under another name.
+    peer.say(ToWorker::Late { task: UPDATE }).await;
+    let successor = TaskId(2 << 32 | 1);
+    peer.assign_update(successor, &frozen).await;
+    let (third, _) = peer.take_offer().await;
+    assert_eq!((third.task, third.hash), (successor, first.hash));
+    peer.give_receipt(&third).await;
+    peer.finish().await;
+    worker.await.unwrap().unwrap();
+    assert_eq!(stage.trainings(), 1);
+    assert_eq!(stage.receipts().len(), 1);
+    assert_eq!(std::fs::read_dir(stage.state().join("kept")).unwrap().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_kept_is_not_offered_when_it_is_damaged_or_its_data_changed() {
+    let damage = |stage: &Stage| std::fs::write(stage.state().join("kept/payload"), "torn").unwrap();
+    let change = |stage: &Stage| stage.write_data(&(stage::rows() + "1,1,yes\n"));
+    for (spoil, same) in [(&damage as &dyn Fn(&Stage), true), (&change, false)] {
+        let stage = Stage::new();
+        let worker = stage.start(|_| ());
+        stage.enrol().await;
+        let mut peer = stage.join(plan(Mode::Federated)).await;
+        let frozen = peer.survey(SURVEY).await;
+        peer.assign_update(UPDATE, &frozen).await;
+        let (first, _) = peer.take_offer().await;
+        stage.kill(worker).await;
+        spoil(&stage);
+
+        let worker = stage.start(|_| ());
+        let mut peer = stage.join(plan(Mode::Federated)).await;
+        peer.assign_update(UPDATE, &frozen).await;
+        let (second, _) = peer.take_offer().await;
+        assert_eq!(second.hash == first.hash, same);
+        peer.finish().await;
+        worker.await.unwrap().unwrap();
+        assert_eq!(stage.trainings(), 2);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_whose_disk_takes_nothing_says_so_once_and_works_from_memory() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    stage.join(plan(Mode::Federated)).await.finish().await;
+    worker.await.unwrap().unwrap();
+    std::fs::write(stage.state().join("kept"), "in the way").unwrap();
+    std::fs::remove_dir(stage.state().join("receipts")).unwrap();
+
+    let worker = stage.start(|_| ());
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let frozen = peer.survey(SURVEY).await;
+    for task in [UPDATE, TaskId(UPDATE.0 + 1)] {
+        peer.assign_update(task, &frozen).await;
+        let (manifest, _) = peer.take_offer().await;
+        assert_eq!(manifest.task, task);
+        stage.wait_for(|line| matches!(line, Line::Note { text } if text.contains("made again"))).await;
+        peer.give_receipt(&manifest).await;
+    }
+    peer.finish().await;
+    worker.await.unwrap().unwrap();
+    let notes = stage.lines().into_iter().filter(|line| matches!(line, Line::Note { .. })).count();
+    assert_eq!(notes, 2, "{:?}", stage.lines());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_receipt_that_comes_again_is_kept_and_told_once() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let frozen = peer.survey(SURVEY).await;
+    peer.assign_update(UPDATE, &frozen).await;
+    let (manifest, _) = peer.take_offer().await;
+    peer.give_receipt(&manifest).await;
+    peer.give_receipt(&manifest).await;
+    peer.close(CloseCode::Internal);
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    peer.give_receipt(&manifest).await;
+    peer.finish().await;
+    worker.await.unwrap().unwrap();
+    assert_eq!(stage.receipts().len(), 1);
+    assert!(matches!(stage.lines().last(), Some(Line::Done { receipts: 1, .. })), "{:?}", stage.lines());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_goes_on_from_the_byte_that_the_coordinator_names() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let frozen = peer.survey(SURVEY).await;
+    peer.assign_update(UPDATE, &frozen).await;
+    let (Manifest { hash, bytes, .. }, payload) = peer.take_offer().await;
+    for from in [1, bytes / 2, bytes] {
+        peer.say(ToWorker::Go { task: UPDATE, hash, from }).await;
+        let (upload, rest) = peer.take_upload().await;
+        assert_eq!(upload, Upload { task: UPDATE, hash, from });
+        assert_eq!(rest, payload[usize::try_from(from).unwrap()..]);
+    }
     peer.finish().await;
     worker.await.unwrap().unwrap();
 }

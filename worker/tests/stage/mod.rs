@@ -28,6 +28,7 @@ use tokio::task::JoinHandle;
 use transport::{
     Accepted, CloseCode, Connection, Frame, RecvStream, ResetKeys, SendStream, Server, ServerOptions, TlsIdentity,
 };
+use tributary_worker::receipts::open_line;
 use tributary_worker::report::{Line, Report};
 use tributary_worker::state::StatePlace;
 use tributary_worker::{Options, Outcome, WorkerError, run};
@@ -140,6 +141,33 @@ impl Stage {
 
     pub(crate) fn lines(&self) -> Vec<Line> {
         self.lines.lock().unwrap().clone()
+    }
+
+    /// How often the worker trained.
+    pub(crate) fn trainings(&self) -> usize {
+        let is_training = |line: &&Line| matches!(line, Line::Round { kind: TaskKind::Update, .. });
+        self.lines().iter().filter(is_training).count()
+    }
+
+    /// The receipts that the worker keeps.
+    pub(crate) fn receipts(&self) -> Vec<Receipt> {
+        let Ok(log) = std::fs::read_to_string(self.state().join(format!("receipts/{RUN}.log"))) else {
+            return Vec::new();
+        };
+        log.lines().map(|line| open_line(line).unwrap().1).collect()
+    }
+
+    /// Waits until what the worker made is on its disk, and ends the worker where it stands.
+    pub(crate) async fn kill(&self, worker: JoinHandle<Result<Outcome, WorkerError>>) {
+        let figures = self.state().join("kept").join("figures");
+        within("keeping", async {
+            while !figures.exists() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .await;
+        worker.abort();
+        assert!(worker.await.unwrap_err().is_cancelled());
     }
 
     /// Waits until the worker has said such a line.
@@ -403,6 +431,13 @@ impl Peer<'_> {
         let key = self.stage.worker_keys.lock().unwrap().unwrap();
         verify(MANIFEST_CONTEXT, &key, &bytes, signature[..].try_into().unwrap()).unwrap();
         let manifest: Manifest = decode(&bytes).unwrap();
+        let (upload, payload) = self.take_upload().await;
+        assert_eq!(upload, Upload { task: manifest.task, hash: manifest.hash, from: 0 });
+        (manifest, payload)
+    }
+
+    /// The next upload: what it says that it is, and the bytes that follow.
+    pub(crate) async fn take_upload(&mut self) -> (Upload, Vec<u8>) {
         let mut stream = within("an upload", self.connection.accept_uni()).await.unwrap();
         let Some(Frame::StreamOpen(number)) = stream.read_frame().await.unwrap() else { panic!("no stream number") };
         let mut opener = self.session.accept_stream(number).unwrap();
@@ -416,8 +451,7 @@ impl Peer<'_> {
                 Some(_) => payload.extend_from_slice(plaintext),
             }
         }
-        assert_eq!(upload, Some(Upload { task: manifest.task, hash: manifest.hash, from: 0 }));
-        (manifest, payload)
+        (upload.unwrap(), payload)
     }
 
     pub(crate) async fn give_receipt(&mut self, manifest: &Manifest) {
@@ -437,7 +471,7 @@ impl Peer<'_> {
 }
 
 /// Forty rows with two classes that a line divides.
-fn rows() -> String {
+pub(crate) fn rows() -> String {
     let mut text = "a,b,late\n".to_owned();
     for n in 0..40 {
         let label = if n % 3 == 0 { "yes" } else { "no" };
