@@ -24,14 +24,14 @@ use protocol::session::{
     prologue,
 };
 use sha2::{Digest as _, Sha256};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use transport::{Accepted, Alpn, CloseCode, Connection, Frame, Handshake, RecvStream, SendStream, Server};
 use zeroize::Zeroizing;
 
 use crate::enrol::{Identity, RegistrarHandle, is_local, unix_s};
-use crate::intake::{Declared, Intake, IntakeError, Payload};
+use crate::intake::{Declared, Intake, IntakeError, Part, Payload};
 use crate::registry::{Applicant, Worker};
 use crate::telemetry::{Direction, EnrolmentOutcome, HandshakeOutcome, Kind, Telemetry};
 use crate::workshop::Content;
@@ -47,6 +47,9 @@ const UPLOAD_SILENCE_MAX: Duration = Duration::from_secs(30);
 
 /// How long an upload waits for the offer that it belongs to.
 const UPLOAD_EARLY_MAX: Duration = Duration::from_secs(10);
+
+/// How often an upload that found the disk full tries again.
+const ROOM_ASKED_EVERY: Duration = Duration::from_secs(1);
 
 /// How long what was said last may take to arrive.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
@@ -118,6 +121,8 @@ pub struct Ticket {
     pub number: u64,
     /// What may come.
     pub declared: Declared,
+    /// What is here of it already.
+    pub part: Option<Part>,
     /// Nothing is ever sent here.
     pub stop: oneshot::Receiver<()>,
 }
@@ -154,6 +159,8 @@ pub struct Door {
     pub listen: IpAddr,
     /// Connections so far.
     pub count: AtomicU64,
+    /// How many uploads wait for room on the disk.
+    pub short_of_room: watch::Sender<usize>,
 }
 
 /// Why a connection came to no session.
@@ -550,17 +557,17 @@ impl Peer {
             Ok(Err(error)) => return self.upload_failed(&error).await,
             Err(_) => return stream.stop(CloseCode::TimedOut),
         };
-        if upload.from != 0 {
-            return self.misbehaved(&"an upload that begins in the middle").await;
+        if !upload.from.is_multiple_of(RECORD_BYTES_MAX as u64) {
+            return self.misbehaved(&"an upload that begins in the middle of a record").await;
         }
         let (ticket, granted) = oneshot::channel();
         self.say(FromConn::Upload(self.conn, upload, ticket)).await;
-        let Ok(Ok(Ticket { number, declared, stop })) = timeout(UPLOAD_EARLY_MAX, granted).await else {
+        let Ok(Ok(Ticket { number, declared, part, stop })) = timeout(UPLOAD_EARLY_MAX, granted).await else {
             return stream.stop(CloseCode::Done);
         };
         let task = declared.task;
         let received = tokio::select! {
-            received = self.receive(&mut stream, opener, declared) => received,
+            received = self.receive(&mut stream, opener, declared, part) => received,
             _ = stop => return stream.stop(CloseCode::Done),
         };
         self.say(FromConn::Received(number, task, received)).await;
@@ -592,23 +599,51 @@ impl Peer {
         Ok((opener, upload))
     }
 
-    async fn receive(&self, stream: &mut RecvStream, opener: Opener, declared: Declared) -> Received {
+    async fn receive(
+        &self,
+        stream: &mut RecvStream,
+        opener: Opener,
+        declared: Declared,
+        part: Option<Part>,
+    ) -> Received {
         let kind = Kind::from(declared.kind);
-        let mut intake = match Intake::new(opener, declared) {
+        let is_behind = part.is_some();
+        let begin = move || Intake::new(opener, declared, part);
+        let mut intake = match if is_behind { on_compute_pool(begin).await } else { begin() } {
             Ok(intake) => intake,
-            Err(error) => return Received::Broken(error),
+            Err(error) => return self.verdict(Err(error)),
         };
         loop {
             let mut batch = Vec::new();
             if read_batch(stream, &mut batch).await.is_none() || batch.is_empty() {
                 return Received::Cut;
             }
-            let (returned, taken) = self.take(intake, batch, kind).await;
+            let (returned, mut taken) = self.take(intake, batch, kind).await;
             intake = returned;
+            if let Err(IntakeError::Full(_)) = taken {
+                (intake, taken) = self.await_room(intake).await;
+            }
             match taken {
                 Ok(false) => {}
                 Ok(true) => return self.verdict(self.finish(intake).await),
                 Err(error) => return self.verdict(Err(error)),
+            }
+        }
+    }
+
+    /// While the disk is full, what came last waits in memory, and its sender with it.
+    async fn await_room(&self, mut intake: Intake) -> (Intake, Result<bool, IntakeError>) {
+        let _waiting = ShortOfRoom::new(&self.door.short_of_room);
+        loop {
+            tokio::time::sleep(ROOM_ASKED_EVERY).await;
+            let taken;
+            (intake, taken) = on_compute_pool(move || {
+                let taken = intake.retry();
+                (intake, taken)
+            })
+            .await;
+            if !matches!(taken, Err(IntakeError::Full(_))) {
+                return (intake, taken);
             }
         }
     }
@@ -626,13 +661,14 @@ impl Peer {
         let plaintext = sealed.saturating_sub(overhead) as u64;
         self.door.telemetry.passed(Direction::In, kind, records as u64, sealed as u64, plaintext);
         let seconds = self.door.telemetry.metrics.open_seconds.clone();
+        let in_place = sealed <= TAKEN_IN_PLACE_BYTES && intake.is_in_memory();
         let work = move || {
             let began = Instant::now();
             let taken = intake.take(&mut batch);
             seconds.record(began.elapsed().as_secs_f64());
             (intake, taken)
         };
-        if sealed <= TAKEN_IN_PLACE_BYTES { work() } else { on_compute_pool(work).await }
+        if in_place { work() } else { on_compute_pool(work).await }
     }
 
     /// The verdict of a survey or of rows is more than a comparison.
@@ -644,7 +680,8 @@ impl Peer {
         match finished {
             Ok(payload) => Received::Whole(payload),
             Err(IntakeError::Spoiled(refusal)) => Received::Spoiled(refusal),
-            Err(error @ IntakeError::Disk(_)) => Received::Broken(error),
+            Err(IntakeError::Remains) => Received::Cut,
+            Err(error @ (IntakeError::Disk(_) | IntakeError::Full(_))) => Received::Broken(error),
             Err(error) => Received::Foul(self.conn, error.to_string()),
         }
     }
@@ -731,6 +768,22 @@ impl Peer {
         }
         stream.finish()?;
         Ok(stream.delivered().await?)
+    }
+}
+
+/// Counts an upload that waits for room, as long as it does.
+struct ShortOfRoom<'a>(&'a watch::Sender<usize>);
+
+impl<'a> ShortOfRoom<'a> {
+    fn new(count: &'a watch::Sender<usize>) -> Self {
+        count.send_modify(|count| *count += 1);
+        Self(count)
+    }
+}
+
+impl Drop for ShortOfRoom<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
     }
 }
 

@@ -25,7 +25,7 @@ use transport::{CloseCode, Connection, TrafficTotals};
 use crate::conn::{Door, FromConn, Joined, Received, Saying, Ticket};
 use crate::control::Command;
 use crate::core::{Core, Effect};
-use crate::intake::Declared;
+use crate::intake::{Declared, Part, Spools};
 use crate::registry::Worker;
 use crate::show::{Show, StatusPage};
 use crate::telemetry::{Direction, Kind, WorkerState, lossy};
@@ -90,8 +90,8 @@ pub struct World {
     pub page: watch::Sender<StatusPage>,
     /// Where workers come in.
     pub address: SocketAddr,
-    /// Where large payloads wait.
-    pub spool: Arc<Path>,
+    /// Where large payloads are kept.
+    pub spools: Arc<Spools>,
     /// The frozen schema, if there is one yet.
     pub schema: Option<Arc<Schema>>,
     /// Whether the loop ends with the run.
@@ -145,6 +145,9 @@ struct Uploads {
 struct Expected {
     conn: ConnId,
     declared: Declared,
+    /// Where its stream begins: behind what is here already.
+    from: u64,
+    part: Option<Part>,
     /// The stream that was let in; dropped, it ends.
     under_way: Option<(u64, oneshot::Sender<()>)>,
 }
@@ -152,6 +155,7 @@ struct Expected {
 #[derive(Debug)]
 struct Early {
     hash: Hash,
+    from: u64,
     ticket: oneshot::Sender<Ticket>,
 }
 
@@ -450,10 +454,10 @@ impl Fleet {
     }
 
     fn receive(&mut self, conn: ConnId, task: TaskId, kind: TaskKind, hash: Hash, bytes: u64) {
-        let (ring, schema, spool) =
-            (self.core.machine().plan().ring, self.world.schema.clone(), self.world.spool.clone());
-        let declared = Declared { task, kind, hash, bytes, ring, schema, spool };
-        self.uploads.expect(conn, declared);
+        let (ring, schema, spools) =
+            (self.core.machine().plan().ring, self.world.schema.clone(), self.world.spools.clone());
+        let declared = Declared { task, kind, hash, bytes, ring, schema, spools };
+        self.uploads.expect(conn, declared, None);
     }
 
     fn received(&mut self, ticket: u64, task: TaskId, received: Received) {
@@ -583,26 +587,35 @@ impl Fleet {
     }
 }
 
+impl Expected {
+    /// Whether a stream is the one that is waited for.
+    fn is(&self, conn: ConnId, hash: Hash, from: u64) -> bool {
+        (self.conn, self.declared.hash, self.from) == (conn, hash, from)
+    }
+}
+
 impl Uploads {
     /// The machine waits for this from now on, and for nothing else for the same task.
-    fn expect(&mut self, conn: ConnId, declared: Declared) {
-        let (task, hash) = (declared.task, declared.hash);
-        self.expected.insert(task, Expected { conn, declared, under_way: None });
-        let is_it = self.early.get(&(conn, task)).is_some_and(|early| early.hash == hash);
-        if let Some(early) = self.early.remove(&(conn, task)).filter(|_| is_it) {
+    fn expect(&mut self, conn: ConnId, declared: Declared, part: Option<Part>) {
+        let task = declared.task;
+        let from = part.as_ref().map_or(0, Part::from);
+        let expected = Expected { conn, declared, from, part, under_way: None };
+        let early = self.early.remove(&(conn, task)).filter(|early| expected.is(conn, early.hash, early.from));
+        self.expected.insert(task, expected);
+        if let Some(early) = early {
             self.let_in(task, early.ticket);
         }
     }
 
     /// A stream has begun.
     fn begun(&mut self, conn: ConnId, upload: Upload, ticket: oneshot::Sender<Ticket>) {
-        let Upload { task, hash, .. } = upload;
-        let expected = self.expected.get(&task).filter(|e| e.conn == conn && e.declared.hash == hash);
+        let Upload { task, hash, from } = upload;
+        let expected = self.expected.get(&task).filter(|expected| expected.is(conn, hash, from));
         match expected.map(|expected| expected.under_way.is_some()) {
             Some(false) => self.let_in(task, ticket),
             // Said twice: one of them is on its way.
             Some(true) => drop(ticket),
-            None => self.wait(conn, task, Early { hash, ticket }),
+            None => self.wait(conn, task, Early { hash, from, ticket }),
         }
     }
 
@@ -623,8 +636,9 @@ impl Uploads {
         self.tickets += 1;
         let (hold, stop) = oneshot::channel();
         expected.under_way = Some((self.tickets, hold));
+        let (declared, part) = (expected.declared.clone(), expected.part.take());
         // A stream that is gone by now has its connection end, which is heard, too.
-        let _ = ticket.send(Ticket { number: self.tickets, declared: expected.declared.clone(), stop });
+        let _ = ticket.send(Ticket { number: self.tickets, declared, part, stop });
     }
 
     /// A stream has ended: the hash that was waited for, if it was this one.
@@ -660,11 +674,11 @@ async fn sleep_until(began: Instant, alarm: Option<Time>) {
     }
 }
 
-/// The directory where large payloads wait: made anew, empty.
+/// The directory of large payloads that have no name: made anew, empty.
 ///
 /// # Errors
 /// If it cannot be.
-pub fn fresh_spool(path: PathBuf) -> Result<Arc<Path>, crate::state::StateError> {
+pub fn fresh_spool(path: PathBuf) -> Result<PathBuf, crate::state::StateError> {
     use crate::state::StateError;
     match std::fs::remove_dir_all(&path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -673,7 +687,7 @@ pub fn fresh_spool(path: PathBuf) -> Result<Arc<Path>, crate::state::StateError>
         _ => {}
     }
     crate::state::make_private_dir(&path)?;
-    Ok(path.into())
+    Ok(path)
 }
 
 #[cfg(test)]
@@ -694,7 +708,7 @@ mod tests {
             bytes: 4,
             ring: Ring::weighted(),
             schema: None,
-            spool: Arc::from(Path::new("spool")),
+            spools: Arc::new(Spools { run: PathBuf::new(), rows: PathBuf::new(), durable: false }),
         }
     }
 
@@ -710,9 +724,9 @@ mod tests {
             if stream_first {
                 uploads.begun(ALICE, upload(1), ticket);
                 assert!(granted.try_recv().is_err());
-                uploads.expect(ALICE, declared(1));
+                uploads.expect(ALICE, declared(1), None);
             } else {
-                uploads.expect(ALICE, declared(1));
+                uploads.expect(ALICE, declared(1), None);
                 uploads.begun(ALICE, upload(1), ticket);
             }
             let ticket = granted.try_recv().unwrap();
@@ -724,7 +738,7 @@ mod tests {
     #[test]
     fn what_was_not_offered_is_not_let_in() {
         let mut uploads = Uploads::default();
-        uploads.expect(ALICE, declared(1));
+        uploads.expect(ALICE, declared(1), None);
         for (conn, hash) in [(ALICE, 2), (BOB, 1)] {
             let (ticket, mut granted) = oneshot::channel();
             uploads.begun(conn, upload(hash), ticket);
@@ -736,9 +750,21 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_that_begins_elsewhere_than_was_granted_is_not_let_in() {
+        let mut uploads = Uploads::default();
+        uploads.expect(ALICE, declared(1), None);
+        let (ticket, mut granted) = oneshot::channel();
+        uploads.begun(ALICE, Upload { from: 65_536, ..upload(1) }, ticket);
+        assert!(matches!(granted.try_recv(), Err(oneshot::error::TryRecvError::Empty)));
+        let (ticket, mut granted) = oneshot::channel();
+        uploads.begun(ALICE, upload(1), ticket);
+        assert!(granted.try_recv().is_ok());
+    }
+
+    #[test]
     fn a_second_stream_for_the_same_payload_is_turned_away() {
         let mut uploads = Uploads::default();
-        uploads.expect(ALICE, declared(1));
+        uploads.expect(ALICE, declared(1), None);
         let (first, _granted) = oneshot::channel();
         uploads.begun(ALICE, upload(1), first);
         let (second, mut granted) = oneshot::channel();
@@ -749,11 +775,11 @@ mod tests {
     #[test]
     fn a_newer_offer_stops_the_stream_of_the_older_one_and_its_end_does_not_count() {
         let mut uploads = Uploads::default();
-        uploads.expect(ALICE, declared(1));
+        uploads.expect(ALICE, declared(1), None);
         let (first, mut granted) = oneshot::channel();
         uploads.begun(ALICE, upload(1), first);
         let mut old = granted.try_recv().unwrap();
-        uploads.expect(ALICE, declared(2));
+        uploads.expect(ALICE, declared(2), None);
         assert!(matches!(old.stop.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
         assert_eq!(uploads.ended(old.number, TASK), None);
         assert!(uploads.expected.contains_key(&TASK));

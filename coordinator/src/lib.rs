@@ -35,7 +35,7 @@ use learning::{DESCRIPTION_FILE, Schema};
 use protocol::federation::{Checkpoint, Federation};
 use protocol::invitation::Invitation;
 use protocol::layout::from_bytes;
-use protocol::plan::{LearningPlan, Plan};
+use protocol::plan::{Durability, LearningPlan, Plan};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -47,6 +47,7 @@ use crate::control::{Command, Desk};
 use crate::enrol::{Registrar, RegistrarError, write_invitation};
 pub use crate::fleet::Outcome;
 use crate::fleet::{Fleet, FleetError, Inbox, World, fresh_spool};
+use crate::intake::Spools;
 use crate::show::{Look, Show, StatusPage};
 use crate::state::{StateDir, StateError};
 use crate::store::{OpenedRun, RunError, Snapshot, open_run};
@@ -212,13 +213,15 @@ impl Began {
     async fn run(mut self, options: Options, plan: Plan, shutdown: impl Future<Output = ()>) -> Result<Outcome, Error> {
         // The snapshots end here: held on, they would keep a model in memory that nobody needs.
         let OpenedRun { dir, from, damaged: _, finished: _ } = self.opened;
-        let places = Places { run: dir.path().to_owned(), model: self.model_dir };
+        let run_dir = dir.path().to_owned();
+        let places = Places { run: run_dir.clone(), model: self.model_dir };
         let (workshop, done) = Workshop::new(plan.clone(), Box::new(dir), places, &from, self.telemetry.clone())?;
         let checkpoint = from.checkpoint;
         drop((from.schema, from.model, from.server));
         let schema = workshop.schema();
         let workshop = workshop.spawn(done)?;
-        let spool = fresh_spool(self.state.file("spool"))?;
+        let durable = plan.rounds.durability == Durability::Update;
+        let spools = Arc::new(Spools { run: run_dir, rows: fresh_spool(self.state.file("spool"))?, durable });
         let sockets = Sockets::bind(&options, &self.state, &self.registrar).await?;
         let Sockets { address, http_address, .. } = sockets;
         let invitation = invite_locally(&mut self.registrar, &self.state, address)?;
@@ -242,7 +245,7 @@ impl Began {
         let helpers = Helpers::spawn(sockets, self.registrar, self.telemetry, status)?;
         let exit_when_done = options.settings.exit_when_done;
         let (door, show, jobs) = (Arc::clone(&helpers.door), self.show, workshop.jobs);
-        let world = World { door, workshop: jobs, show, page, address, spool, schema, exit_when_done };
+        let world = World { door, workshop: jobs, show, page, address, spools, schema, exit_when_done };
         let (inbox, helpers) = helpers.inbox(workshop.done);
         let outcome = Fleet::new(machine, world).run(inbox, shutdown).await;
         helpers.end().await;
@@ -283,7 +286,8 @@ impl Helpers {
         let desk = Desk { registrar: registrar.clone(), status: status.clone(), commands: orders, listen: address };
         let (listen, count) = (address.ip(), AtomicU64::new(0));
         let pages = telemetry.clone();
-        let door = Arc::new(Door { server, identity, registrar, events, telemetry, listen, count });
+        let short_of_room = watch::Sender::new(0);
+        let door = Arc::new(Door { server, identity, registrar, events, telemetry, listen, count, short_of_room });
         let (end, ended) = oneshot::channel::<()>();
         let tasks = [
             tokio::spawn(Arc::clone(&door).open()),

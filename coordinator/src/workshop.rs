@@ -6,6 +6,8 @@
 //! wide), the sealed copy that is streamed, and one more while a step runs.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::io;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -245,7 +247,7 @@ impl Workshop {
     ///
     /// # Errors
     /// If the operating system gives no thread.
-    pub fn spawn(mut self, done: mpsc::UnboundedReceiver<Done>) -> std::io::Result<WorkshopHandle> {
+    pub fn spawn(mut self, done: mpsc::UnboundedReceiver<Done>) -> io::Result<WorkshopHandle> {
         let (jobs, mut queue) = mpsc::unbounded_channel();
         std::thread::Builder::new().name("workshop".to_owned()).spawn(move || {
             self.seal_all().unwrap_or_else(|error| self.say(Done::Broken(error)));
@@ -286,7 +288,8 @@ impl Workshop {
                 self.say_spooled();
             }
             Job::Forget(task) => {
-                if self.payloads.remove(&task).is_some() {
+                if let Some(payload) = self.payloads.remove(&task) {
+                    self.discard(&payload);
                     self.say_spooled();
                 }
             }
@@ -304,6 +307,17 @@ impl Workshop {
         Ok(())
     }
 
+    fn open(&self, part: &str) -> io::Result<fs::File> {
+        fs::File::open(self.run_dir.join(part))
+    }
+
+    /// Of what was used nothing stays; nor would it be used again if it could not be removed.
+    fn discard(&self, payload: &Payload) {
+        if let Some(part) = payload.part() {
+            let _ = fs::remove_file(self.run_dir.join(part));
+        }
+    }
+
     fn say_spooled(&self) {
         self.say(Done::Spooled(self.payloads.values().map(Payload::bytes).sum()));
     }
@@ -315,9 +329,10 @@ impl Workshop {
         let mut ids = BTreeMap::new();
         for (task, worker, name) in surveys {
             let payload = self.payloads.remove(&task).ok_or(WorkshopError::Missing(task))?;
-            let survey = Survey::from_bytes(&payload.to_vec()?);
+            let survey = Survey::from_bytes(&payload.to_vec(|part| self.open(part))?);
             // It was read once already, when it came.
             let survey = survey.map_err(|error| WorkshopError::Unusable(error.to_string()))?;
+            self.discard(&payload);
             ids.insert(name.to_string(), worker);
             by_name.insert(name.to_string(), survey);
         }
@@ -410,9 +425,11 @@ impl Workshop {
         let ring = self.plan.ring;
         let sum = self.sum.get_or_insert_with(|| Sum::new(ring, parameters));
         let broken = |error| WorkshopError::Fold(task, error);
+        let run = &self.run_dir;
         let mut fold = sum.begin(task, weight, &verified).map_err(broken)?;
-        payload.read(|chunk| fold.add(chunk))?;
+        payload.read(|part| fs::File::open(run.join(part)), |chunk| fold.add(chunk))?;
         fold.finish().map_err(broken)?;
+        self.discard(&payload);
         self.say_spooled();
         self.say(Done::Learned(Input::Folded { task }));
         Ok(())
@@ -469,7 +486,7 @@ impl Workshop {
         let mut rows = Rows::new(&schema);
         for task in tasks {
             let payload = self.payloads.remove(&task).ok_or(WorkshopError::Missing(task))?;
-            append_rows(&mut rows, &payload, &schema)?;
+            append_rows(&mut rows, &payload, &schema, |part| self.open(part))?;
         }
         self.rows = Some(rows);
         self.say_spooled();
@@ -511,11 +528,16 @@ impl Frame {
 }
 
 /// Adds a payload's rows; its pieces end anywhere.
-fn append_rows(rows: &mut Rows, payload: &Payload, schema: &Schema) -> Result<(), WorkshopError> {
+fn append_rows(
+    rows: &mut Rows,
+    payload: &Payload,
+    schema: &Schema,
+    open: impl FnOnce(&str) -> io::Result<fs::File>,
+) -> Result<(), WorkshopError> {
     let row_bytes = rows.row_bytes();
     let mut pending = Vec::new();
     let mut refused = None;
-    payload.read(|piece| {
+    payload.read(open, |piece| {
         pending.extend_from_slice(piece);
         let whole = pending.len() - pending.len() % row_bytes;
         if refused.is_none() {
@@ -582,7 +604,6 @@ pub fn write_model(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use std::fs;
 
     use learning::{Dataset, MIN_COUNT, Table};
     use protocol::federation::CommittedRound;
@@ -635,7 +656,7 @@ mod tests {
             let mut named = Vec::new();
             for (at, (name, bytes)) in (0u8..).zip(surveys) {
                 let task = TaskId(at.into());
-                self.work(Job::Keep(task, Payload::of(bytes.clone(), None)));
+                self.work(Job::Keep(task, Payload::in_memory(bytes.clone(), None)));
                 named.push((task, WorkerId([at; 16]), name.parse().unwrap()));
             }
             let mut done = self.work(Job::Merge(named));
@@ -655,7 +676,7 @@ mod tests {
             let bytes = to_bytes(&numbers);
             let mut verifier = Verifier::new(plan().ring, bytes.len() as u64, Hash::of(&bytes));
             verifier.update(&bytes).unwrap();
-            let payload = Payload::of(bytes, Some(verifier.finish().unwrap()));
+            let payload = Payload::in_memory(bytes, Some(verifier.finish().unwrap()));
             self.work(Job::Keep(TaskId(task), payload));
             let done = self.work(Job::Fold(TaskId(task), weight));
             assert!(matches!(done.last(), Some(Done::Learned(Input::Folded { task: t })) if t.0 == task), "{done:?}");

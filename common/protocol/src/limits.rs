@@ -14,6 +14,9 @@ pub const RECORD_BYTES_MAX: usize = 64 * 1024;
 /// A payload up to this follows its manifest at once; a larger one waits for `Go`.
 pub const PAYLOAD_AT_ONCE_BYTES_MAX: u64 = 128 * 1024;
 
+/// A payload larger than this, in bytes, resumes where its stream was cut; a smaller one comes again from its beginning.
+pub const RESUME_BYTES_MIN: u64 = 64 << 20;
+
 /// The largest model, in bytes of `f32`: four gibibytes.
 pub const MODEL_BYTES_MAX: u64 = 4 << 30;
 
@@ -96,5 +99,6 @@ pub const SESSION_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
 const _: () = assert!(SILENCE_MAX.as_millis() > 3 * BEAT_EVERY.as_millis());
 const _: () = assert!(EXAMPLES_MAX * UPDATES_MAX as u64 <= 1 << 53);
 const _: () = assert!(PAYLOAD_AT_ONCE_BYTES_MAX <= 2 * RECORD_BYTES_MAX as u64);
+const _: () = assert!(PAYLOAD_AT_ONCE_BYTES_MAX < RESUME_BYTES_MIN);
 // Two histograms a class, a bin number and a count of at most three and five bytes each.
 const _: () = assert!(HISTOGRAM_CLASSES_MAX * 2 * HISTOGRAM_BINS as usize * 8 <= CONTROL_MESSAGE_BYTES_MAX);
