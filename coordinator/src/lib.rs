@@ -11,6 +11,7 @@ pub mod config;
 pub mod conn;
 pub mod control;
 pub mod core;
+pub mod crash;
 pub mod enrol;
 pub mod fleet;
 pub mod http;

@@ -12,7 +12,8 @@ use tributary_coordinator::{Options, Outcome, orders, run};
 /// Threads of the runtime: one for the event loop, one for everybody else.
 const RUNTIME_THREADS: usize = 2;
 
-fn main() -> ExitCode {
+/// Parses what was typed, runs it, and says how it ended.
+pub(crate) fn main() -> ExitCode {
     single_threaded_products();
     let cli = Cli::parse();
     let state = match cli.state() {

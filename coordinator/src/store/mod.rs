@@ -16,10 +16,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use protocol::federation::{Checkpoint, Event};
-use protocol::ids::RunId;
+use protocol::ids::{Hash, RunId};
 use protocol::limits::{MODEL_BYTES_MAX, SCHEMA_BYTES_MAX};
 use protocol::plan::{BatchSize, LearningPlan, ModelSpec, Plan, Strategy};
 use serde_json::json;
+
+pub mod disk;
+pub mod journal;
+pub mod run;
+#[cfg(test)]
+mod testing;
 
 use crate::state::{
     StateDir, StateError, make_private_dir, read_small, sync_parent, write_durably, write_durably_with,
@@ -49,6 +55,150 @@ pub struct Snapshot {
     pub model: Arc<[u8]>,
     /// The server step's state.
     pub server: Vec<u8>,
+}
+
+/// Why what is on disk cannot be used, or nothing can be put there. Files are named as in their directory.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The operating system refused.
+    #[error("{file}: cannot {verb}: {source}")]
+    Io {
+        /// The file.
+        file: String,
+        /// What was being done.
+        verb: &'static str,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// It may not be written.
+    #[error("{file}: not writable; make the state directory yours, or give another with --state")]
+    NotWritable {
+        /// The file.
+        file: String,
+    },
+    /// There is no room. Nothing is lost, and the same call can be made again.
+    #[error("{file}: the disk is full; make room: what was held and committed is kept")]
+    Full {
+        /// The file.
+        file: String,
+    },
+    /// A sync failed: what is on disk is not known any more.
+    #[error("{file}: cannot sync: {source}; look after the disk, and start again: what was synced before is kept")]
+    Unsynced {
+        /// The file.
+        file: String,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// Something was asked for after the disk had failed.
+    #[error("{file}: the disk failed before; start again")]
+    Failed {
+        /// The file.
+        file: String,
+    },
+    /// What was durable once is something else now.
+    #[error("{file}: damaged at offset {offset}: {reason}; restore the whole state directory from a backup")]
+    Damaged {
+        /// The file.
+        file: String,
+        /// Where in it.
+        offset: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A crash left half a record, which nobody was told of.
+    #[error("{file}: torn at offset {offset}: {reason}; what follows was never durable, and is cut")]
+    Torn {
+        /// The file.
+        file: String,
+        /// Where in it.
+        offset: u64,
+        /// What is there.
+        reason: String,
+    },
+    /// A file is not there.
+    #[error("{file}: it is not there; restore the whole state directory from a backup")]
+    Missing {
+        /// The file.
+        file: String,
+    },
+    /// A newer build wrote it.
+    #[error("{file}: of version {got}, this program reads version {}; update it", journal::JOURNAL_VERSION)]
+    Newer {
+        /// The file.
+        file: String,
+        /// Its version.
+        got: u32,
+    },
+    /// It belongs to another run.
+    #[error("{file}: of run {got}, expected run {expected}; put back what was there")]
+    AnotherRun {
+        /// The file.
+        file: String,
+        /// Whose it is.
+        got: RunId,
+        /// Whose it should be.
+        expected: RunId,
+    },
+    /// It belongs to a run with another plan.
+    #[error("{file}: of another plan than the run; put back what was there")]
+    AnotherPlan {
+        /// The file.
+        file: String,
+    },
+    /// A model is not what the journal says.
+    #[error("the model of round {round} is damaged: {reason}")]
+    Model {
+        /// The round; 0 for the first model.
+        round: u32,
+        /// What is wrong.
+        reason: String,
+    },
+    /// No model is whole from which the run could go on.
+    #[error("no model of the run is whole; restore the whole state directory from a backup")]
+    NoModel,
+    /// A round that was made again gave another model than before.
+    #[error(
+        "round {round} was made again and gave model {redone}, before it was {kept}: trust the model of before and \
+         restore what it was made of from a backup, or remove model-{round:010}-{kept} to go on with the new one"
+    )]
+    TwoModels {
+        /// The round.
+        round: u32,
+        /// The model that there is.
+        kept: Hash,
+        /// The one that was made now.
+        redone: Hash,
+    },
+    /// Longer than the journal takes: our own bug.
+    #[error("a record part of {bytes} bytes, the most is {max}")]
+    TooLong {
+        /// Its length.
+        bytes: usize,
+        /// The most.
+        max: usize,
+    },
+}
+
+impl StoreError {
+    /// Wraps what the operating system said about `file`.
+    pub(crate) fn io(file: &str, verb: &'static str) -> impl FnOnce(io::Error) -> Self {
+        let file = file.to_owned();
+        move |source| match source.kind() {
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Self::NotWritable { file },
+            io::ErrorKind::StorageFull
+            | io::ErrorKind::QuotaExceeded
+            | io::ErrorKind::FileTooLarge
+            | io::ErrorKind::WriteZero => Self::Full { file },
+            _ => Self::Io { file, verb, source },
+        }
+    }
+
+    /// Whether the same call can be made again when there is room.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Full { .. })
+    }
 }
 
 /// Where a run's events go.
@@ -459,7 +609,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use protocol::evaluation::EvaluationSummary;
-    use protocol::ids::Hash;
     use protocol::plan::RoundsSpec;
 
     fn plan(change: impl FnOnce(&mut LearningPlan)) -> Plan {

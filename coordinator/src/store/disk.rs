@@ -1,0 +1,243 @@
+//! The files of one directory, as the store sees them: eight calls, and what each of them promises.
+//!
+//! [`RealDisk`] is a directory. The simulator has another one, which loses, tears and reorders what was not synced;
+//! so whatever the store rests on is said here, at [`Disk`], and nowhere else.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use super::StoreError;
+
+/// What is written, and not yet renamed to its place, ends in this.
+pub const ASIDE: &str = ".aside";
+
+/// The files of one directory, without subdirectories. Names are ours: `[a-z0-9.-]+`.
+pub trait Disk: Send {
+    /// Names and lengths, by name.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    fn list(&self) -> io::Result<Vec<(String, u64)>>;
+
+    /// The bytes of a file from an offset on.
+    ///
+    /// # Errors
+    /// What the operating system says; `NotFound` if there is no such file.
+    fn read(&self, name: &str, from: u64) -> io::Result<Box<dyn Read + Send>>;
+
+    /// Puts bytes at the end of a file, which is made if it is not there. Not durable; after an error any prefix of
+    /// them may be there.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    fn append(&mut self, name: &str, bytes: &[u8]) -> io::Result<()>;
+
+    /// Cuts a file. Not durable.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    fn truncate(&mut self, name: &str, length: u64) -> io::Result<()>;
+
+    /// Content and name of a file are durable when this returns.
+    ///
+    /// # Errors
+    /// What the operating system says. What the file holds on disk is then unknown, and another try tells nothing.
+    fn sync(&mut self, name: &str) -> io::Result<()>;
+
+    /// Gives a file another name, and replaces what had it. Atomic; durable after a sync of `to`.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    fn rename(&mut self, from: &str, to: &str) -> io::Result<()>;
+
+    /// Removes a file. After a crash it may be there again.
+    ///
+    /// # Errors
+    /// What the operating system says; `NotFound` if there is no such file.
+    fn remove(&mut self, name: &str) -> io::Result<()>;
+}
+
+/// A directory of the operating system.
+#[derive(Debug)]
+pub struct RealDisk {
+    path: PathBuf,
+    directory: File,
+    /// What was appended to and neither renamed nor removed since: the journal's last parts.
+    handles: BTreeMap<String, File>,
+    /// Names that came since the directory was last synced.
+    fresh: BTreeSet<String>,
+}
+
+impl RealDisk {
+    /// The directory at `path`, which is there.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn new(path: &Path) -> io::Result<Self> {
+        let directory = File::open(path)?;
+        Ok(Self { path: path.to_owned(), directory, handles: BTreeMap::new(), fresh: BTreeSet::new() })
+    }
+
+    fn handle(&mut self, name: &str) -> io::Result<&mut File> {
+        if !self.handles.contains_key(name) {
+            let file = self.open_to_append(name)?;
+            self.handles.insert(name.to_owned(), file);
+        }
+        Ok(self.handles.get_mut(name).expect("it was put there"))
+    }
+
+    fn open_to_append(&mut self, name: &str) -> io::Result<File> {
+        let path = self.path.join(name);
+        match OpenOptions::new().append(true).open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let file = OpenOptions::new().append(true).create_new(true).mode(0o600).open(&path)?;
+                self.fresh.insert(name.to_owned());
+                Ok(file)
+            }
+            opened => opened,
+        }
+    }
+
+    /// Whoever removes or moves a directory under a live process removes what that process will write.
+    fn check_place(&self, file: &File) -> io::Result<()> {
+        let ours = self.directory.metadata()?;
+        let is_there =
+            fs::metadata(&self.path).is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino()));
+        if is_there && ours.nlink() > 0 && file.metadata()?.nlink() > 0 {
+            return Ok(());
+        }
+        Err(io::Error::other("the state directory was removed under the running coordinator"))
+    }
+}
+
+impl Disk for RealDisk {
+    fn list(&self) -> io::Result<Vec<(String, u64)>> {
+        let mut files = Vec::new();
+        for entry in fs::read_dir(&self.path)? {
+            let entry = entry?;
+            let metadata = match entry.metadata() {
+                // It went away while we looked: others read beside a live coordinator.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                metadata => metadata?,
+            };
+            if metadata.is_file() {
+                files.push((entry.file_name().to_string_lossy().into_owned(), metadata.len()));
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+
+    fn read(&self, name: &str, from: u64) -> io::Result<Box<dyn Read + Send>> {
+        let mut file = File::open(self.path.join(name))?;
+        file.seek(SeekFrom::Start(from))?;
+        Ok(Box::new(file))
+    }
+
+    fn append(&mut self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        self.handle(name)?.write_all(bytes)
+    }
+
+    fn truncate(&mut self, name: &str, length: u64) -> io::Result<()> {
+        self.handle(name)?.set_len(length)
+    }
+
+    fn sync(&mut self, name: &str) -> io::Result<()> {
+        match self.handles.get(name) {
+            Some(file) => {
+                file.sync_data()?;
+                self.check_place(file)?;
+            }
+            None => {
+                let file = File::open(self.path.join(name))?;
+                file.sync_data()?;
+                self.check_place(&file)?;
+            }
+        }
+        if self.fresh.contains(name) {
+            self.directory.sync_all()?;
+            self.fresh.clear();
+        }
+        Ok(())
+    }
+
+    fn rename(&mut self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.path.join(from), self.path.join(to))?;
+        self.handles.remove(from);
+        self.handles.remove(to);
+        self.fresh.remove(from);
+        self.fresh.insert(to.to_owned());
+        Ok(())
+    }
+
+    fn remove(&mut self, name: &str) -> io::Result<()> {
+        self.handles.remove(name);
+        self.fresh.remove(name);
+        fs::remove_file(self.path.join(name))
+    }
+}
+
+/// A file on its way to its place.
+pub(crate) struct Aside<'a> {
+    disk: &'a mut dyn Disk,
+    /// The name that it will have.
+    name: &'a str,
+    bytes: u64,
+}
+
+impl Aside<'_> {
+    pub(crate) fn put(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+        let aside = format!("{}{ASIDE}", self.name);
+        self.disk.append(&aside, bytes).map_err(StoreError::io(self.name, "write"))?;
+        self.bytes += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+/// Writes a file that is durable, and whole or not there, when this returns. The number of its bytes.
+pub(crate) fn write_aside(
+    disk: &mut dyn Disk,
+    name: &str,
+    write: impl FnOnce(&mut Aside<'_>) -> Result<(), StoreError>,
+) -> Result<u64, StoreError> {
+    let aside = format!("{name}{ASIDE}");
+    match disk.remove(&aside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(StoreError::io(name, "replace")(error)),
+        _ => {}
+    }
+    let mut file = Aside { disk: &mut *disk, name, bytes: 0 };
+    let written = write(&mut file).map(|()| file.bytes);
+    let written = written.and_then(|bytes| {
+        disk.sync(&aside).map_err(StoreError::io(name, "sync"))?;
+        Ok(bytes)
+    });
+    if written.is_err() {
+        // Half a file only takes room, of which there may be none; the error that matters is the one before.
+        let _ = disk.remove(&aside);
+        return written;
+    }
+    disk.rename(&aside, name).map_err(StoreError::io(name, "rename to"))?;
+    disk.sync(name).map_err(StoreError::io(name, "sync"))?;
+    written
+}
+
+/// The whole of a file that has at most `max` bytes; `None` if there is none.
+pub(crate) fn read_whole(disk: &dyn Disk, name: &str, max: u64) -> Result<Option<Vec<u8>>, StoreError> {
+    let reader = match disk.read(name, 0) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        reader => reader.map_err(StoreError::io(name, "open"))?,
+    };
+    let mut bytes = Vec::new();
+    reader.take(max + 1).read_to_end(&mut bytes).map_err(StoreError::io(name, "read"))?;
+    if bytes.len() as u64 > max {
+        return Err(StoreError::Damaged {
+            file: name.to_owned(),
+            offset: max,
+            reason: format!("longer than {max} bytes"),
+        });
+    }
+    Ok(Some(bytes))
+}

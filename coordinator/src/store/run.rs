@@ -1,0 +1,1194 @@
+//! What one run leaves on disk: its journal, its models, the payloads that are held.
+//!
+//! ```text
+//! journal-NNNNNN              every fact, from the beginning
+//! schema-<hash>               what the survey froze
+//! model-<round>-<hash>        a model too large for its commit's record, with the server step's state
+//! payload-<hash>-<task>       a payload too large for its record; with .part-N while it comes
+//! ```
+//!
+//! A model is durable before the record that names it, and what it is made of before the model. What was replaced is
+//! removed after the sync of what replaces it. So whatever instant the power goes, what is there opens, and holds
+//! everything that was synced.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Cursor, Read};
+use std::sync::Arc;
+
+use protocol::federation::Event;
+use protocol::ids::{Hash, RunId, TaskId};
+use protocol::layout::model_hasher;
+use protocol::limits::{MODEL_BYTES_MAX, SCHEMA_BYTES_MAX};
+
+use super::StoreError;
+use super::disk::{ASIDE, Disk, read_whole, write_aside};
+use super::journal::{ATTACHMENT_BYTES_MAX, Attached, End, FACT, Journal, Record, Scope};
+use crate::crash;
+
+/// How many models of a run are kept as files.
+pub const MODELS_KEPT: usize = 3;
+
+/// What the names of a run's journal begin with.
+pub const JOURNAL: &str = "journal-";
+
+const MODEL_MAGIC: &[u8; 8] = b"tribmodl";
+const MODEL_VERSION: u32 = 1;
+const MODEL_HEAD_BYTES: usize = 8 + 4 + 8 + 8;
+
+/// The server state of today's strategies has at most two numbers of eight bytes for each parameter.
+const SERVER_BYTES_MAX: u64 = 4 * MODEL_BYTES_MAX;
+
+/// A model, and what the server step remembers beside it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelState {
+    /// Raw little-endian `f32` in layout order.
+    pub model: Arc<[u8]>,
+    /// The server step's state.
+    pub server: Vec<u8>,
+}
+
+/// What goes beside a fact.
+#[derive(Clone, Copy, Debug)]
+pub enum Attachment<'a> {
+    /// Nothing.
+    None,
+    /// A held payload of at most 128 KiB; never one of rows.
+    Payload(&'a [u8]),
+    /// The model that stands with a commit.
+    Model(&'a ModelState),
+    /// The schema and the first model, of a survey.
+    First {
+        /// The schema's bytes.
+        schema: &'a [u8],
+        /// The first model.
+        state: &'a ModelState,
+    },
+}
+
+/// Where a run begins.
+pub struct Loaded {
+    /// What it goes on with.
+    pub store: RunStore,
+    /// Every fact so far.
+    pub events: Vec<Event>,
+    /// The frozen schema's bytes; empty before the survey.
+    pub schema: Arc<[u8]>,
+    /// The newest model that is whole; none before the survey.
+    pub state: Option<ModelState>,
+    /// The round whose model `state` is, if a newer one is damaged; 0 for the first model.
+    pub whole: Option<u32>,
+    /// What was found damaged or torn on the way.
+    pub warnings: Vec<StoreError>,
+}
+
+impl std::fmt::Debug for Loaded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Loaded").field("events", &self.events.len()).field("whole", &self.whole).finish_non_exhaustive()
+    }
+}
+
+/// Sizes from which on something is done differently. Tests have smaller ones.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// A commit begins the next part of the journal if the last is longer.
+    part_bytes: u64,
+    /// A model up to this is in its commit's record.
+    attached_bytes: usize,
+}
+
+const LIMITS: Limits = Limits { part_bytes: 64 << 20, attached_bytes: ATTACHMENT_BYTES_MAX };
+
+/// The store of one run.
+pub struct RunStore {
+    disk: Box<dyn Disk>,
+    journal: Journal,
+    limits: Limits,
+    index: Index,
+    /// Payloads that were kept, and not yet synced.
+    kept: BTreeMap<TaskId, String>,
+    /// A commit is appended and not yet written; or written and not yet synced.
+    commit_waits: bool,
+    commit_unsynced: bool,
+    /// Something may be replaced by what the next sync makes durable.
+    replaces: bool,
+    /// The lowest part that has attachments to be stripped.
+    unstripped: u64,
+    /// What the files had when they were last looked at, without the journal's last part.
+    others: u64,
+}
+
+impl std::fmt::Debug for RunStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RunStore").field("journal", &self.journal.file()).finish_non_exhaustive()
+    }
+}
+
+impl RunStore {
+    /// Reads a run from its beginning, or begins it if nothing is there. Cuts a torn tail, and removes what a crash
+    /// left behind.
+    ///
+    /// # Errors
+    /// If something is damaged that cannot be done without, or the disk is broken or read-only.
+    pub fn open(disk: Box<dyn Disk>, run: RunId, plan: Hash, clock: fn() -> u64) -> Result<Loaded, StoreError> {
+        Self::open_with(disk, run, plan, clock, LIMITS)
+    }
+
+    fn open_with(
+        mut disk: Box<dyn Disk>,
+        run: RunId,
+        plan: Hash,
+        clock: fn() -> u64,
+        limits: Limits,
+    ) -> Result<Loaded, StoreError> {
+        let scope = Scope { prefix: JOURNAL, run, plan: Some(plan) };
+        let (mut index, mut events) = (Index::default(), Vec::new());
+        refuse_headless(disk.as_ref())?;
+        let (journal, end) = Journal::open(disk.as_mut(), scope, clock, &mut |record: Record| {
+            if let Some(event) = fact(&record)? {
+                index.take_in(&event, record.attached);
+                events.push(event);
+            }
+            Ok(())
+        })?;
+        let unstripped = end.as_ref().map_or(1, |end| end.unstripped);
+        let mut warnings: Vec<StoreError> = end.and_then(|end: End| end.torn).into_iter().collect();
+        let mut store = Self {
+            disk,
+            journal,
+            limits,
+            index,
+            kept: BTreeMap::new(),
+            commit_waits: false,
+            commit_unsynced: false,
+            replaces: false,
+            unstripped,
+            others: 0,
+        };
+        let (state, whole) = store.newest_model(&mut warnings)?;
+        let schema = store.schema()?;
+        store.tidy()?;
+        Ok(Loaded { store, events, schema, state, whole, warnings })
+    }
+
+    /// Takes in a fact with what goes beside it. It is written at the next flush, and durable after the next sync; a
+    /// large model is durable at once.
+    ///
+    /// # Errors
+    /// If the disk is full, and then it was not taken in; if another model of the round is there; if the disk is
+    /// broken.
+    pub fn append(&mut self, event: &Event, attachment: Attachment<'_>) -> Result<(), StoreError> {
+        match attachment {
+            Attachment::None => self.record(event, &[]),
+            Attachment::Payload(bytes) => self.record(event, bytes),
+            Attachment::Model(state) => self.commit(event, state),
+            Attachment::First { schema, state } => {
+                write_aside(self.disk.as_mut(), &schema_file(Hash::of(schema)), |file| file.put(schema))?;
+                self.commit(event, state)
+            }
+        }
+    }
+
+    /// Writes what was appended; it survives the end of the process.
+    ///
+    /// # Errors
+    /// If the disk is full: then what was appended still waits. Or it is broken.
+    pub fn flush(&mut self) -> Result<(), StoreError> {
+        if !self.journal.is_waiting() {
+            return Ok(());
+        }
+        let commit = self.commit_waits;
+        crash::point(if commit { "commit.before" } else { "journal.before" });
+        self.journal.flush(self.disk.as_mut())?;
+        crash::point(if commit { "commit.after" } else { "journal.after" });
+        self.commit_waits = false;
+        self.commit_unsynced |= commit;
+        Ok(())
+    }
+
+    /// Makes everything that was appended survive a power cut, payload files first, and then removes what was replaced
+    /// by it. How many bytes of the journal were made durable.
+    ///
+    /// # Errors
+    /// As [`Self::flush`]; and if a sync failed, after which the process must end.
+    pub fn sync(&mut self) -> Result<u64, StoreError> {
+        self.sync_payloads()?;
+        self.flush()?;
+        let commit = self.commit_unsynced;
+        crash::point(if commit { "commit-sync.before" } else { "journal-sync.before" });
+        let bytes = self.journal.sync(self.disk.as_mut())?;
+        crash::point(if commit { "commit-sync.after" } else { "journal-sync.after" });
+        self.commit_unsynced = false;
+        if self.replaces {
+            self.replaces = false;
+            self.strip_old_parts()?;
+            self.tidy()?;
+        }
+        Ok(bytes)
+    }
+
+    /// Keeps a payload that was spooled to the file `part` of this directory.
+    ///
+    /// # Errors
+    /// If the disk is broken.
+    pub fn keep(&mut self, task: TaskId, hash: Hash, part: &str) -> Result<(), StoreError> {
+        let name = payload_file(task, hash);
+        crash::point("payload.before");
+        self.disk.rename(part, &name).map_err(StoreError::io(part, "rename"))?;
+        crash::point("payload.after");
+        self.kept.insert(task, name);
+        Ok(())
+    }
+
+    /// A payload that was kept, by this process or an earlier one, in a file or beside its record. Its hash is not
+    /// checked: whoever folds it does that. `None` if it is not there.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn payload(&self, task: TaskId, hash: Hash) -> Result<Option<Box<dyn Read + Send>>, StoreError> {
+        if let Some(place) = self.index.payloads.get(&task).filter(|place| place.hash == hash) {
+            let content = self.journal.attachment(self.disk.as_ref(), place)?;
+            return Ok(content.map(|content| Box::new(Cursor::new(content)) as Box<dyn Read + Send>));
+        }
+        let name = payload_file(task, hash);
+        match self.disk.read(&name, 0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            reader => reader.map(Some).map_err(StoreError::io(&name, "open")),
+        }
+    }
+
+    /// Payloads that are half received, with what is there of each: `payload-<hash>-<task>.part-N`.
+    ///
+    /// # Errors
+    /// If the directory cannot be listed.
+    pub fn parts(&self) -> Result<Vec<(String, u64)>, StoreError> {
+        let files = self.disk.list().map_err(StoreError::io("the run's directory", "list"))?;
+        Ok(files.into_iter().filter(|(name, _)| PayloadName::parse(name).is_some_and(|p| p.is_part)).collect())
+    }
+
+    /// How much room the run takes.
+    #[must_use]
+    pub fn bytes_on_disk(&self) -> u64 {
+        self.others + self.journal.length()
+    }
+
+    fn record(&mut self, event: &Event, attachment: &[u8]) -> Result<(), StoreError> {
+        let payload = protocol::messages::encode(event);
+        let place = self.journal.append(self.disk.as_mut(), FACT, &payload, attachment)?;
+        self.replaces |= self.index.take_in(event, place);
+        self.commit_waits |= event.is_commit();
+        Ok(())
+    }
+
+    /// What the model is made of, the model, the record that names it: each durable before the next.
+    fn commit(&mut self, event: &Event, state: &ModelState) -> Result<(), StoreError> {
+        let (round, hash) = self.index.model_of(event).expect("only what makes a model comes with one");
+        self.refuse_second(round, hash)?;
+        let is_large = state.model.len() + state.server.len() + 8 > self.limits.attached_bytes;
+        if is_large {
+            self.flush()?;
+            crash::point("journal-sync.before");
+            self.journal.sync(self.disk.as_mut())?;
+            crash::point("journal-sync.after");
+            crash::point("checkpoint.before");
+            write_model(self.disk.as_mut(), &model_file(round, hash), state)?;
+            crash::point("checkpoint.after");
+        }
+        if self.journal.length() > self.limits.part_bytes {
+            let length = self.journal.length();
+            self.journal.begin_part(self.disk.as_mut())?;
+            self.others += length;
+        }
+        if is_large { self.record(event, &[]) } else { self.record(event, &state.to_bytes()) }
+    }
+
+    /// A commit that is made again must give the same model.
+    fn refuse_second(&self, round: u32, hash: Hash) -> Result<(), StoreError> {
+        let files = self.disk.list().map_err(StoreError::io("the run's directory", "list"))?;
+        let other =
+            files.iter().filter_map(|(name, _)| parse_model_file(name)).find(|(r, h)| *r == round && *h != hash);
+        match other {
+            Some((_, kept)) => Err(StoreError::TwoModels { round, kept, redone: hash }),
+            None => Ok(()),
+        }
+    }
+
+    /// Of what is replaced by now, nothing need be durable.
+    fn sync_payloads(&mut self) -> Result<(), StoreError> {
+        let held: Vec<TaskId> = self.kept.keys().filter(|task| self.index.held.contains(task)).copied().collect();
+        for task in held {
+            let Some(file) = self.kept.remove(&task) else { continue };
+            self.disk.sync(&file).map_err(|source| StoreError::Unsynced { file, source })?;
+        }
+        Ok(())
+    }
+
+    /// The part before the previous one needs its attachments no longer.
+    fn strip_old_parts(&mut self) -> Result<(), StoreError> {
+        while self.unstripped + 2 <= self.journal.part() {
+            let part = self.unstripped;
+            let first = self.index.models.get(&0).and_then(|model| model.place).filter(|place| place.part == part);
+            match self.journal.strip(self.disk.as_mut(), part, first) {
+                // That is for later: nothing needs it.
+                Err(error) if error.is_full() => return Ok(()),
+                stripped => self.index.forget_part(part, stripped?),
+            }
+            self.unstripped += 1;
+        }
+        Ok(())
+    }
+
+    /// Removes what nobody needs: older models, payloads of what is committed or withdrawn, halves of what a crash cut.
+    fn tidy(&mut self) -> Result<(), StoreError> {
+        let files = self.disk.list().map_err(StoreError::io("the run's directory", "list"))?;
+        let journal = self.journal.file();
+        let oldest = self.index.oldest_kept();
+        self.others = 0;
+        for (name, bytes) in files {
+            if self.is_over(&name, oldest) {
+                self.disk.remove(&name).map_err(StoreError::io(&name, "remove"))?;
+            } else if name != journal {
+                self.others += bytes;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_over(&self, name: &str, oldest: u32) -> bool {
+        let ours = ["journal-", "schema-", "model-"].iter().any(|prefix| name.starts_with(prefix));
+        match PayloadName::parse(name) {
+            Some(PayloadName { task, is_part: true }) => !self.index.open.contains(&task),
+            Some(PayloadName { task, .. }) => !self.index.held.contains(&task) && !self.kept.contains_key(&task),
+            None if ours && name.ends_with(ASIDE) => true,
+            None => parse_model_file(name).is_some_and(|(round, _)| round < oldest),
+        }
+    }
+
+    fn schema(&self) -> Result<Arc<[u8]>, StoreError> {
+        let Some(hash) = self.index.schema else { return Ok(Arc::from([])) };
+        let file = schema_file(hash);
+        let bytes = read_whole(self.disk.as_ref(), &file, SCHEMA_BYTES_MAX)?;
+        let bytes = bytes.ok_or_else(|| StoreError::Missing { file: file.clone() })?;
+        if Hash::of(&bytes) != hash {
+            let reason = "its hash is not the one that its name says".to_owned();
+            return Err(StoreError::Damaged { file, offset: 0, reason });
+        }
+        Ok(bytes.into())
+    }
+
+    /// The newest model that is whole; and its round, if a newer one is not.
+    fn newest_model(&self, warnings: &mut Vec<StoreError>) -> Result<(Option<ModelState>, Option<u32>), StoreError> {
+        let mut damaged = false;
+        for (round, model) in self.index.models.iter().rev() {
+            match self.model(*round, model) {
+                Ok(state) => return Ok((Some(state), damaged.then_some(*round))),
+                Err(ModelError::Disk(error)) => return Err(error),
+                Err(ModelError::Damaged(reason)) => warnings.push(StoreError::Model { round: *round, reason }),
+            }
+            damaged = true;
+        }
+        if damaged { Err(StoreError::NoModel) } else { Ok((None, None)) }
+    }
+
+    fn model(&self, round: u32, standing: &Standing) -> Result<ModelState, ModelError> {
+        let state = match &standing.place {
+            Some(place) => {
+                let content = self.journal.attachment(self.disk.as_ref(), place)?;
+                let content = content.ok_or_else(|| ModelError::damaged("it was removed"))?;
+                if Hash::of(&content) != place.hash {
+                    return Err(ModelError::damaged("the hash of its bytes in the journal does not fit"));
+                }
+                ModelState::from_bytes(&content).ok_or_else(|| ModelError::damaged("it is no model"))?
+            }
+            None => read_model(self.disk.as_ref(), &model_file(round, standing.hash))?,
+        };
+        let layout = self.index.layout.unwrap_or(Hash([0; 32]));
+        let mut hasher = model_hasher(&layout);
+        hasher.update(&state.model);
+        let got = Hash::from(hasher.finalize());
+        if got != standing.hash {
+            return Err(ModelError::Damaged(format!("it is model {got}, expected {}", standing.hash)));
+        }
+        Ok(state)
+    }
+}
+
+/// The fact of a record; none if it is of a kind that came later.
+pub(crate) fn fact(record: &Record) -> Result<Option<Event>, String> {
+    if record.kind != FACT {
+        return Ok(None);
+    }
+    protocol::messages::decode(&record.payload).map(Some).map_err(|error| format!("a fact cannot be read: {error}"))
+}
+
+/// A run that has files and no journal has lost it.
+fn refuse_headless(disk: &dyn Disk) -> Result<(), StoreError> {
+    let files = disk.list().map_err(StoreError::io("the run's directory", "list"))?;
+    let is_left = |name: &str| !name.ends_with(ASIDE) && (name.starts_with("model-") || name.starts_with("schema-"));
+    let has_journal = files.iter().any(|(name, _)| name.starts_with(JOURNAL) && !name.ends_with(ASIDE));
+    if !has_journal && files.iter().any(|(name, _)| is_left(name)) {
+        return Err(StoreError::Missing { file: format!("{JOURNAL}000001") });
+    }
+    Ok(())
+}
+
+/// What the facts say about files.
+#[derive(Debug, Default)]
+struct Index {
+    schema: Option<Hash>,
+    layout: Option<Hash>,
+    /// The model of each committed round, the first model at 0.
+    hashes: Vec<Hash>,
+    /// The models that stand, by round.
+    models: BTreeMap<u32, Standing>,
+    /// Payloads that are beside their record, until the record's part is stripped: also committed ones, which a
+    /// reverted round is made of again.
+    payloads: BTreeMap<TaskId, Attached>,
+    /// Tasks whose payload is held and not yet in a model.
+    held: BTreeSet<TaskId>,
+    /// Tasks for which a payload may come.
+    open: BTreeSet<TaskId>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Standing {
+    hash: Hash,
+    /// Beside its commit's record; else it is a file.
+    place: Option<Attached>,
+}
+
+impl Index {
+    /// Takes in a fact and where its attachment is. Whether files are no longer needed once it is durable.
+    fn take_in(&mut self, event: &Event, place: Option<Attached>) -> bool {
+        if let Some((round, hash)) = self.model_of(event)
+            && (round == 0 || !place.is_some_and(|place| place.stripped))
+        {
+            self.models.insert(round, Standing { hash, place });
+            let oldest = self.oldest_kept();
+            self.models.retain(|round, model| *round >= oldest || model.place.is_some());
+        }
+        match event {
+            Event::Assigned { task, .. } => {
+                self.open.insert(*task);
+                false
+            }
+            Event::Held { task, update } => {
+                self.open.remove(task);
+                self.held.insert(*task);
+                match place.filter(|place| place.hash == update.hash && !place.stripped) {
+                    Some(place) => self.payloads.insert(*task, place),
+                    None => self.payloads.remove(task),
+                };
+                false
+            }
+            Event::Lost { task } => {
+                self.held.remove(task);
+                self.payloads.remove(task);
+                self.open.insert(*task);
+                true
+            }
+            Event::Withdrawn { task, .. } => {
+                self.open.remove(task);
+                self.held.remove(task);
+                true
+            }
+            Event::Voided => self.forget_tasks(),
+            Event::Surveyed { frozen, model } => {
+                (self.schema, self.layout) = (Some(frozen.schema), Some(frozen.layout));
+                self.hashes = vec![*model];
+                self.forget_tasks()
+            }
+            Event::Committed { figures, .. } => {
+                self.hashes.push(figures.model);
+                self.forget_tasks()
+            }
+            // Until the last of them, a round that is still to be made again needs what was asked for again.
+            Event::Redone { round } if *round as usize + 1 == self.hashes.len() => self.forget_tasks(),
+            Event::Reverted { round } => {
+                self.models.split_off(&(round + 1));
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// Everything so far is in a model, or void.
+    fn forget_tasks(&mut self) -> bool {
+        self.held.clear();
+        self.open.clear();
+        true
+    }
+
+    /// The round whose model stands with this event, and the model.
+    fn model_of(&self, event: &Event) -> Option<(u32, Hash)> {
+        match event {
+            Event::Surveyed { model, .. } => Some((0, *model)),
+            Event::Committed { figures, .. } => Some((figures.round, figures.model)),
+            Event::Redone { round } => Some((*round, *self.hashes.get(*round as usize)?)),
+            _ => None,
+        }
+    }
+
+    /// The round of the oldest model that is kept as a file.
+    fn oldest_kept(&self) -> u32 {
+        self.models.keys().rev().nth(MODELS_KEPT - 1).copied().unwrap_or(0)
+    }
+
+    /// A part was stripped; the first model may have moved within it.
+    fn forget_part(&mut self, part: u64, first: Option<Attached>) {
+        let is_in = |place: &Attached| place.part == part;
+        self.payloads.retain(|_, place| !is_in(place));
+        self.models.retain(|round, model| *round == 0 || !model.place.as_ref().is_some_and(is_in));
+        if let (Some(first), Some(model)) = (first, self.models.get_mut(&0)) {
+            model.place = Some(first);
+        }
+    }
+}
+
+// --- names ---
+
+fn schema_file(hash: Hash) -> String {
+    format!("schema-{hash}")
+}
+
+/// The file of a model.
+pub(crate) fn model_file(round: u32, hash: Hash) -> String {
+    format!("model-{round:010}-{hash}")
+}
+
+/// The round and the hash in the name of a model's file.
+pub(crate) fn parse_model_file(name: &str) -> Option<(u32, Hash)> {
+    let (round, hash) = name.strip_prefix("model-")?.split_once('-')?;
+    Some((round.parse().ok()?, hash.parse().ok()?))
+}
+
+fn payload_file(task: TaskId, hash: Hash) -> String {
+    format!("payload-{hash}-{task}")
+}
+
+struct PayloadName {
+    task: TaskId,
+    is_part: bool,
+}
+
+impl PayloadName {
+    fn parse(name: &str) -> Option<Self> {
+        let (hash, rest) = name.strip_prefix("payload-")?.split_once('-')?;
+        hash.parse::<Hash>().ok()?;
+        let (task, part) = rest.split_once(".part-").map_or((rest, None), |(task, part)| (task, Some(part)));
+        let (start, count) = task.split_once('.')?;
+        let task = TaskId::new(start.parse().ok()?, count.parse().ok()?);
+        Some(Self { task, is_part: part.is_some() })
+    }
+}
+
+// --- models ---
+
+enum ModelError {
+    Disk(StoreError),
+    Damaged(String),
+}
+
+impl ModelError {
+    fn damaged(reason: &str) -> Self {
+        Self::Damaged(reason.to_owned())
+    }
+}
+
+impl From<StoreError> for ModelError {
+    fn from(error: StoreError) -> Self {
+        Self::Disk(error)
+    }
+}
+
+impl ModelState {
+    /// As it stands beside a record: the model's length, the model, the server state.
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(8 + self.model.len() + self.server.len());
+        bytes.extend((self.model.len() as u64).to_le_bytes());
+        bytes.extend(&*self.model);
+        bytes.extend(&self.server);
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (length, rest) = bytes.split_first_chunk::<8>()?;
+        let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+        let (model, server) = rest.split_at_checked(length)?;
+        Some(Self { model: model.into(), server: server.to_vec() })
+    }
+}
+
+/// Magic, version, both lengths, both contents, BLAKE3 of all that.
+fn write_model(disk: &mut dyn Disk, name: &str, state: &ModelState) -> Result<(), StoreError> {
+    let mut head = Vec::with_capacity(MODEL_HEAD_BYTES);
+    head.extend(MODEL_MAGIC);
+    head.extend(MODEL_VERSION.to_le_bytes());
+    head.extend((state.model.len() as u64).to_le_bytes());
+    head.extend((state.server.len() as u64).to_le_bytes());
+    let mut hasher = blake3::Hasher::new();
+    let pieces = [&head[..], &state.model, &state.server];
+    for piece in pieces {
+        hasher.update(piece);
+    }
+    let hash = hasher.finalize();
+    write_aside(disk, name, |file| {
+        pieces.iter().try_for_each(|piece| file.put(piece))?;
+        file.put(hash.as_bytes())
+    })?;
+    Ok(())
+}
+
+fn read_model(disk: &dyn Disk, name: &str) -> Result<ModelState, ModelError> {
+    let mut input = match disk.read(name, 0) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(ModelError::damaged("it is not there")),
+        input => input.map_err(StoreError::io(name, "open"))?,
+    };
+    let head = read_exactly(&mut input, name, MODEL_HEAD_BYTES as u64)?;
+    let number = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().expect("8 bytes"));
+    if !head.starts_with(MODEL_MAGIC) || head[8..12] != MODEL_VERSION.to_le_bytes() {
+        return Err(ModelError::damaged("it is not a model of this version"));
+    }
+    let (model_bytes, server_bytes) = (number(12), number(20));
+    if model_bytes > MODEL_BYTES_MAX || server_bytes > SERVER_BYTES_MAX {
+        return Err(ModelError::Damaged(format!("it says that it has {model_bytes} and {server_bytes} bytes")));
+    }
+    let model = read_exactly(&mut input, name, model_bytes)?;
+    let server = read_exactly(&mut input, name, server_bytes)?;
+    let mut hasher = blake3::Hasher::new();
+    for piece in [&head, &model, &server] {
+        hasher.update(piece);
+    }
+    if read_exactly(&mut input, name, 32)? != hasher.finalize().as_bytes() {
+        return Err(ModelError::damaged("its hash does not fit its content"));
+    }
+    Ok(ModelState { model: model.into(), server })
+}
+
+/// Grows as bytes come: a damaged length must not allocate what is not there.
+fn read_exactly(input: &mut dyn Read, name: &str, bytes: u64) -> Result<Vec<u8>, ModelError> {
+    let mut read = Vec::new();
+    input.take(bytes).read_to_end(&mut read).map_err(StoreError::io(name, "read"))?;
+    if read.len() as u64 == bytes { Ok(read) } else { Err(ModelError::damaged("it ends early")) }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::disk::RealDisk;
+    use super::super::testing::TestDisk;
+    use super::*;
+    use protocol::federation::{Entry, Frozen, HeldUpdate, RoundFigures};
+    use protocol::ids::{WorkerId, WorkerName};
+    use protocol::messages::{Metrics, TaskKind};
+
+    const RUN: RunId = RunId([7; 16]);
+    const PLAN: Hash = Hash([8; 32]);
+    const LAYOUT: Hash = Hash([9; 32]);
+    const SCHEMA: &[u8] = b"the schema";
+    const SMALL: Limits = Limits { part_bytes: 2000, attached_bytes: 600 };
+
+    fn clock() -> u64 {
+        1_700_000_000_000
+    }
+
+    fn open(disk: &TestDisk) -> Result<Loaded, StoreError> {
+        RunStore::open_with(Box::new(disk.clone()), RUN, PLAN, clock, SMALL)
+    }
+
+    fn model(round: u32, bytes: usize) -> ModelState {
+        ModelState { model: vec![u8::try_from(round % 251).unwrap(); bytes].into(), server: vec![3; 8] }
+    }
+
+    fn hash_of(state: &ModelState) -> Hash {
+        let mut hasher = model_hasher(&LAYOUT);
+        hasher.update(&state.model);
+        hasher.finalize().into()
+    }
+
+    fn started(start: u32) -> Event {
+        Event::Started { start }
+    }
+
+    fn surveyed(state: &ModelState) -> Event {
+        let schema = Hash::of(SCHEMA);
+        let frozen = Frozen { schema, schema_bytes: 10, layout: LAYOUT, parameters: 4, weight_shift: 0 };
+        Event::Surveyed { frozen, model: hash_of(state) }
+    }
+
+    fn assigned(task: TaskId, round: u32) -> Event {
+        let name: WorkerName = "shard".parse().unwrap();
+        Event::Assigned { task, round, kind: TaskKind::Update, worker: WorkerId([1; 16]), name, base: Hash([0; 32]) }
+    }
+
+    fn held(task: TaskId, payload: &[u8]) -> Event {
+        let (hash, bytes) = (Hash::of(payload), payload.len() as u64);
+        let update = HeldUpdate { hash, bytes, examples: 9, weight: 9, norm: 1.0, metrics: Metrics::default() };
+        Event::Held { task, update: Box::new(update) }
+    }
+
+    fn committed(round: u32, task: TaskId, payload: &[u8], state: &ModelState) -> Event {
+        let entries = vec![Entry { task, worker: WorkerId([1; 16]), hash: Hash::of(payload) }];
+        let figures = RoundFigures {
+            round,
+            workers: 1,
+            examples: 9,
+            train_loss: None,
+            evaluation: Default::default(),
+            seconds: 0.5,
+            model: hash_of(state),
+        };
+        Event::Committed { entries, figures: Box::new(figures) }
+    }
+
+    fn task(round: u32) -> TaskId {
+        TaskId::new(1, round)
+    }
+
+    fn payload(round: u32, bytes: usize) -> Vec<u8> {
+        vec![u8::try_from(round).unwrap() ^ 0x55; bytes]
+    }
+
+    /// Does all that `run` does, over and over while the disk is full; what was synced, and what was appended.
+    struct Script {
+        store: RunStore,
+        appended: Vec<Event>,
+        synced: usize,
+    }
+
+    impl Script {
+        fn new(disk: &TestDisk) -> Result<Self, StoreError> {
+            let loaded = open(disk)?;
+            let appended = loaded.events;
+            Ok(Self { store: loaded.store, synced: appended.len(), appended })
+        }
+
+        fn append(&mut self, event: Event, attachment: Attachment<'_>) -> Result<(), StoreError> {
+            self.appended.push(event.clone());
+            self.store.append(&event, attachment)
+        }
+
+        fn sync(&mut self) -> Result<(), StoreError> {
+            self.store.sync()?;
+            self.synced = self.appended.len();
+            Ok(())
+        }
+
+        fn begin(&mut self, bytes: usize) -> Result<(), StoreError> {
+            self.append(started(1), Attachment::None)?;
+            let state = model(0, bytes);
+            self.append(surveyed(&state), Attachment::First { schema: SCHEMA, state: &state })?;
+            self.sync()
+        }
+
+        fn round(&mut self, disk: &mut TestDisk, round: u32, bytes: usize) -> Result<(), StoreError> {
+            self.append(assigned(task(round), round), Attachment::None)?;
+            let payload = payload(round, bytes);
+            if bytes > SMALL.attached_bytes {
+                let part = format!("payload-{}-{}.part-1", Hash::of(&payload), task(round));
+                disk.append(&part, &payload).map_err(StoreError::io(&part, "write"))?;
+                self.store.keep(task(round), Hash::of(&payload), &part)?;
+                self.append(held(task(round), &payload), Attachment::None)?;
+            } else {
+                self.append(held(task(round), &payload), Attachment::Payload(&payload))?;
+            }
+            self.store.flush()?;
+            let state = model(round, bytes);
+            self.append(committed(round, task(round), &payload, &state), Attachment::Model(&state))?;
+            self.sync()
+        }
+
+        fn rounds(&mut self, disk: &mut TestDisk, rounds: u32, bytes: usize) -> Result<(), StoreError> {
+            self.begin(bytes)?;
+            (1..=rounds).try_for_each(|round| self.round(disk, round, bytes))
+        }
+    }
+
+    /// A run of so many rounds, closed in order.
+    fn run_of(rounds: u32, bytes: usize) -> (TestDisk, Vec<Event>) {
+        let mut disk = TestDisk::default();
+        let mut script = Script::new(&disk).unwrap();
+        script.rounds(&mut disk, rounds, bytes).unwrap();
+        (disk, script.appended)
+    }
+
+    fn names(disk: &TestDisk, prefix: &str) -> Vec<String> {
+        disk.list().unwrap().into_iter().map(|(name, _)| name).filter(|name| name.starts_with(prefix)).collect()
+    }
+
+    fn content(reader: Option<Box<dyn Read + Send>>) -> Option<Vec<u8>> {
+        reader.map(|mut reader| {
+            let mut bytes = Vec::new();
+            reader.read_to_end(&mut bytes).unwrap();
+            bytes
+        })
+    }
+
+    #[test]
+    fn what_was_appended_is_there_after_a_restart_with_its_model() {
+        for bytes in [100, 1000] {
+            let (disk, events) = run_of(7, bytes);
+            let loaded = open(&disk).unwrap();
+            assert_eq!(loaded.events, events);
+            assert_eq!(loaded.state, Some(model(7, bytes)));
+            assert_eq!((&*loaded.schema, loaded.whole), (SCHEMA, None));
+            assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
+            assert_eq!(names(&disk, "model-").len(), if bytes == 1000 { MODELS_KEPT } else { 0 });
+            assert_eq!(names(&disk, "payload-").len(), 0, "what is committed is not kept");
+            let on_disk: u64 = disk.list().unwrap().iter().map(|(_, bytes)| bytes).sum();
+            assert_eq!(loaded.store.bytes_on_disk(), on_disk);
+        }
+    }
+
+    #[test]
+    fn a_real_directory_holds_a_run_too() {
+        let home = tempfile::tempdir().unwrap();
+        let disk = || Box::new(RealDisk::new(home.path()).unwrap());
+        let loaded = RunStore::open(disk(), RUN, PLAN, clock).unwrap();
+        assert!(loaded.events.is_empty() && loaded.state.is_none() && loaded.schema.is_empty());
+        let mut store = loaded.store;
+        let small = model(0, 100);
+        store.append(&started(1), Attachment::None).unwrap();
+        store.append(&surveyed(&small), Attachment::First { schema: SCHEMA, state: &small }).unwrap();
+        assert!(store.sync().unwrap() > 0);
+        assert_eq!(store.sync().unwrap(), 0, "nothing is synced twice");
+        let large = model(1, ATTACHMENT_BYTES_MAX);
+        store.append(&assigned(task(1), 1), Attachment::None).unwrap();
+        store.append(&held(task(1), b"payload"), Attachment::Payload(b"payload")).unwrap();
+        let waiting = store.payload(task(1), Hash::of(b"payload")).unwrap();
+        assert_eq!(content(waiting).unwrap(), b"payload", "before it is written too");
+        store.append(&committed(1, task(1), b"payload", &large), Attachment::Model(&large)).unwrap();
+        store.sync().unwrap();
+        drop(store);
+        let loaded = RunStore::open(disk(), RUN, PLAN, clock).unwrap();
+        assert_eq!((loaded.events.len(), loaded.state), (5, Some(large)));
+        let again = loaded.store.payload(task(1), Hash::of(b"payload")).unwrap();
+        assert_eq!(content(again).unwrap(), b"payload", "of an earlier process");
+        assert!(loaded.store.payload(task(1), Hash::of(b"other")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_directory_that_is_removed_under_a_live_process_is_said() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("run");
+        std::fs::create_dir(&path).unwrap();
+        let disk = Box::new(RealDisk::new(&path).unwrap());
+        let mut store = RunStore::open(disk, RUN, PLAN, clock).unwrap().store;
+        std::fs::remove_dir_all(&path).unwrap();
+        store.append(&started(1), Attachment::None).unwrap();
+        let told = store.sync().unwrap_err().to_string();
+        assert!(told.contains("the state directory was removed under the running coordinator"), "{told}");
+        assert!(matches!(store.append(&started(2), Attachment::None), Err(StoreError::Failed { .. })));
+    }
+
+    #[test]
+    fn large_payloads_are_files_that_outlive_the_process_and_halves_of_open_tasks_stay() {
+        let mut disk = TestDisk::default();
+        let mut script = Script::new(&disk).unwrap();
+        script.begin(100).unwrap();
+        let (open_task, over) = (task(2), task(3));
+        let payload = payload(1, 5000);
+        let hash = Hash::of(&payload);
+        let part = format!("payload-{hash}-{}.part-7", task(1));
+        disk.append(&part, &payload).unwrap();
+        script.append(assigned(task(1), 1), Attachment::None).unwrap();
+        script.append(assigned(open_task, 1), Attachment::None).unwrap();
+        script.store.keep(task(1), hash, &part).unwrap();
+        script.append(held(task(1), &payload), Attachment::None).unwrap();
+        let half = format!("payload-{hash}-{open_task}.part-1");
+        disk.append(&half, b"half").unwrap();
+        disk.append(&format!("payload-{hash}-{over}.part-1"), b"half").unwrap();
+        assert_eq!(script.store.parts().unwrap().len(), 2);
+        script.sync().unwrap();
+        disk.crash(0);
+        disk.append(&half, b"half").unwrap();
+        let loaded = open(&disk).unwrap();
+        assert_eq!(content(loaded.store.payload(task(1), hash).unwrap()), Some(payload.clone()));
+        assert_eq!(loaded.store.parts().unwrap(), [(half, 4)], "of a task that nobody has, nothing stays");
+        let mut store = loaded.store;
+        let state = model(1, 100);
+        store.append(&committed(1, task(1), &payload, &state), Attachment::Model(&state)).unwrap();
+        assert!(store.payload(task(1), hash).unwrap().is_some(), "until the commit is durable");
+        store.sync().unwrap();
+        assert!(store.payload(task(1), hash).unwrap().is_none());
+        assert!(store.parts().unwrap().is_empty());
+    }
+
+    #[test]
+    fn old_parts_are_stripped_and_the_facts_and_the_first_model_stay() {
+        let (mut disk, events) = run_of(30, 500);
+        let parts = names(&disk, JOURNAL);
+        assert!(parts.len() > 5, "{parts:?}");
+        let length = |name: &String| disk.list().unwrap().iter().find(|(n, _)| n == name).unwrap().1;
+        assert!(length(&parts[1]) < length(&parts[parts.len() - 2]) - 1000);
+        // Every later model is damaged: the first one still is there, and where it is now is known.
+        let model_bytes = parts[parts.len() - 2..].iter().map(|name| (name, length(name)));
+        for (name, length) in model_bytes.collect::<Vec<_>>() {
+            let run = disk.content(name);
+            for at in 0..usize::try_from(length).unwrap().saturating_sub(100) {
+                if run[at..at + 100].windows(2).all(|w| w[0] == w[1]) {
+                    disk.flip(name, at + 50, 1);
+                }
+            }
+        }
+        let loaded = open(&disk).unwrap();
+        assert_eq!(loaded.events, events);
+        assert_eq!((loaded.state, loaded.whole), (Some(model(0, 500)), Some(0)));
+    }
+
+    /// Stops after the `k`th disk operation, for all `k`, and looks at what a power cut then leaves.
+    fn every_crash(rounds: u32, bytes: usize) {
+        let whole = run_of(rounds, bytes).1;
+        for keep in 0..3 {
+            for k in 0.. {
+                let mut disk = TestDisk::default();
+                disk.stop_after(k);
+                let script = Script::new(&disk).map(|mut script| {
+                    let result = script.rounds(&mut disk, rounds, bytes);
+                    (script.synced, result.is_ok())
+                });
+                let (synced, done) = script.unwrap_or((0, false));
+                disk.crash(keep);
+                let loaded = open(&disk).unwrap_or_else(|error| panic!("stopped after {k}, kept {keep}: {error}"));
+                let there = loaded.events.len();
+                assert!(there >= synced, "stopped after {k}, kept {keep}: {there} of {synced} synced facts");
+                assert_eq!(loaded.events, whole[..there]);
+                assert_eq!(loaded.whole, None, "stopped after {k}, kept {keep}");
+                let round = whole[..there].iter().filter(|event| event.makes_model()).count();
+                let expected = round.checked_sub(1).map(|round| model(u32::try_from(round).unwrap(), bytes));
+                assert_eq!(loaded.state, expected, "stopped after {k}, kept {keep}");
+                go_on(loaded, &mut disk, bytes);
+                if done {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// What opens after a crash takes another round.
+    fn go_on(loaded: Loaded, disk: &mut TestDisk, bytes: usize) {
+        let commits = loaded.events.iter().filter(|event| event.makes_model()).count();
+        let appended = loaded.events;
+        let mut script = Script { store: loaded.store, synced: 0, appended };
+        if commits == 0 {
+            script.begin(bytes).unwrap();
+        }
+        let round = u32::try_from(commits.max(1)).unwrap();
+        script.round(disk, round, bytes).unwrap();
+        let again = open(disk).unwrap();
+        assert_eq!((again.events, again.state), (script.appended, Some(model(round, bytes))));
+    }
+
+    #[test]
+    fn a_power_cut_after_any_operation_loses_nothing_that_was_synced_with_models_in_the_journal() {
+        every_crash(12, 500);
+    }
+
+    #[test]
+    fn a_power_cut_after_any_operation_loses_nothing_that_was_synced_with_models_in_files() {
+        every_crash(8, 1000);
+    }
+
+    #[test]
+    fn a_full_disk_loses_nothing_and_the_same_call_succeeds_later() {
+        for bytes in [500, 1000] {
+            let expected = run_of(8, bytes).1;
+            for room in (0..12_000).step_by(97) {
+                let mut disk = TestDisk::default();
+                let mut script = Script::new(&disk).unwrap();
+                disk.room(room);
+                let again = |done: Result<(), StoreError>, disk: &mut TestDisk| match done {
+                    Err(StoreError::Full { .. }) => {
+                        disk.room(u64::MAX);
+                        false
+                    }
+                    done => {
+                        done.unwrap();
+                        true
+                    }
+                };
+                // The script appends to its list once a call; so a call that is made again must not be doubled.
+                let state = model(0, bytes);
+                let first = Attachment::First { schema: SCHEMA, state: &state };
+                while !again(script.store.append(&started(1), Attachment::None), &mut disk) {}
+                while !again(script.store.append(&surveyed(&state), first), &mut disk) {}
+                while !again(script.store.sync().map(drop), &mut disk) {}
+                for round in 1..=8 {
+                    let payload = payload(round, 500);
+                    let hold = Attachment::Payload(&payload);
+                    while !again(script.store.append(&assigned(task(round), round), Attachment::None), &mut disk) {}
+                    while !again(script.store.append(&held(task(round), &payload), hold), &mut disk) {}
+                    while !again(script.store.flush(), &mut disk) {}
+                    let state = model(round, bytes);
+                    let commit = committed(round, task(round), &payload, &state);
+                    while !again(script.store.append(&commit, Attachment::Model(&state)), &mut disk) {}
+                    while !again(script.store.sync().map(drop), &mut disk) {}
+                }
+                disk.crash(0);
+                let loaded = open(&disk).unwrap();
+                assert_eq!(loaded.events.len(), expected.len(), "room for {room}");
+                assert_eq!((loaded.state, loaded.warnings.len()), (Some(model(8, bytes)), 0));
+            }
+        }
+    }
+
+    #[test]
+    fn a_disk_that_fails_ends_the_store() {
+        for (what, verb) in [("append", "write"), ("sync", "sync"), ("rename", "rename")] {
+            let mut disk = TestDisk::default();
+            let mut script = Script::new(&disk).unwrap();
+            script.begin(1000).unwrap();
+            disk.fail(what);
+            let error = script.round(&mut disk, 1, 1000).unwrap_err();
+            assert!(error.to_string().contains(verb) && !error.is_full(), "{error}");
+            disk.crash(2);
+            assert_eq!(open(&disk).unwrap().state, Some(model(0, 1000)));
+        }
+        let disk = TestDisk::default();
+        let mut script = Script::new(&disk).unwrap();
+        disk.fail("sync");
+        script.append(started(1), Attachment::None).unwrap();
+        assert!(matches!(script.sync(), Err(StoreError::Unsynced { .. })));
+        disk.fail("");
+        assert!(matches!(script.sync(), Err(StoreError::Failed { .. })), "a failed sync is not tried again");
+    }
+
+    #[test]
+    fn a_flipped_bit_is_refused_or_cut_or_told_and_never_misread() {
+        let (disk, events) = run_of(14, 500);
+        let files: Vec<(String, u64)> = disk.list().unwrap();
+        let total: u64 = files.iter().map(|(_, bytes)| bytes).sum();
+        assert!(names(&disk, JOURNAL).len() > 3);
+        let (mut refused, mut cut, mut damaged) = (0, 0, 0);
+        for n in 0..1000u64 {
+            let mut at = n * total / 1000;
+            let (name, _) = files
+                .iter()
+                .find(|(_, bytes)| {
+                    if at < *bytes {
+                        true
+                    } else {
+                        at -= bytes;
+                        false
+                    }
+                })
+                .unwrap();
+            let mut copy = disk.copy();
+            copy.flip(name, usize::try_from(at).unwrap(), 1 << (n % 8));
+            let loaded = match open(&copy) {
+                Err(error) => {
+                    assert!(error.to_string().starts_with(name.as_str()), "{name} at {at}: {error}");
+                    refused += 1;
+                    continue;
+                }
+                Ok(loaded) => loaded,
+            };
+            let there = loaded.events.len();
+            assert_eq!(loaded.events, events[..there], "{name} at {at}");
+            cut += usize::from(there < events.len());
+            let round = events[..there].iter().filter(|event| event.makes_model()).count() - 1;
+            let round = u32::try_from(round).unwrap();
+            damaged += usize::from(loaded.whole.is_some());
+            assert_eq!(loaded.state, Some(model(loaded.whole.unwrap_or(round), 500)), "{name} at {at}");
+            for n in 1..=14 {
+                let held = payload(n, 500);
+                let read = content(loaded.store.payload(task(n), Hash::of(&held)).unwrap());
+                let is_told = read.as_ref().is_some_and(|read| Hash::of(read) != Hash::of(&held));
+                assert!(is_told || read.is_none_or(|read| read == held));
+            }
+        }
+        assert!(refused > 100 && cut > 0 && damaged > 0, "{refused} refused, {cut} cut, {damaged} models told");
+    }
+
+    #[test]
+    fn what_tears_at_the_end_is_cut_and_what_breaks_in_the_middle_is_refused_by_file_and_offset() {
+        let (disk, events) = run_of(2, 100);
+        let file = "journal-000001";
+        let whole = disk.content(file);
+        let mut torn = disk.copy();
+        torn.put(file, &whole[..whole.len() - 5]);
+        let loaded = open(&torn).unwrap();
+        assert_eq!(loaded.events, events[..events.len() - 1]);
+        assert!(loaded.warnings[0].to_string().starts_with("journal-000001: torn at offset"), "{:?}", loaded.warnings);
+        assert!(open(&torn).unwrap().warnings.is_empty(), "it is cut once");
+        let mut middle = disk.copy();
+        middle.flip(file, 130, 1);
+        let told = open(&middle).unwrap_err().to_string();
+        assert!(told.starts_with("journal-000001: damaged at offset 100: its hash does not fit"), "{told}");
+        let mut chain = disk.copy();
+        // The last byte of the first record: the next record is the only one that knows better.
+        chain.flip(file, 100 + 26 + 2 + 31, 1);
+        assert!(matches!(open(&chain), Err(StoreError::Damaged { offset: 100, .. })));
+    }
+
+    #[test]
+    fn a_journal_of_somebody_else_is_refused_by_name() {
+        let (disk, _) = run_of(1, 100);
+        let refused = |run, plan| RunStore::open_with(Box::new(disk.copy()), run, plan, clock, SMALL).unwrap_err();
+        assert!(matches!(refused(RunId([1; 16]), PLAN), StoreError::AnotherRun { got: RUN, .. }));
+        assert!(matches!(refused(RUN, Hash([1; 32])), StoreError::AnotherPlan { .. }));
+        let mut newer = disk.copy();
+        newer.flip("journal-000001", 8, 2);
+        let told = open(&newer).unwrap_err().to_string();
+        assert_eq!(told, "journal-000001: of version 3, this program reads version 1; update it");
+    }
+
+    #[test]
+    fn a_part_that_is_gone_is_missed() {
+        let (disk, _) = run_of(14, 500);
+        let mut headless = disk.copy();
+        headless.remove("journal-000001").unwrap();
+        assert!(matches!(open(&headless), Err(StoreError::Missing { file }) if file == "journal-000001"));
+        let (mut lost, _) = run_of(3, 1000);
+        names(&lost, JOURNAL).iter().for_each(|name| lost.remove(name).unwrap());
+        assert!(matches!(open(&lost), Err(StoreError::Missing { .. })));
+    }
+
+    #[test]
+    fn a_damaged_model_gives_way_to_the_one_before_and_is_made_again() {
+        let (mut disk, events) = run_of(5, 1000);
+        let newest = names(&disk, "model-").pop().unwrap();
+        for at in 0..50 {
+            let mut disk = disk.copy();
+            disk.flip(&newest, at * disk.content(&newest).len() / 50, 1);
+            let loaded = open(&disk).unwrap();
+            assert_eq!((loaded.state, loaded.whole), (Some(model(4, 1000)), Some(4)), "a bit flipped at {at}/50");
+            assert!(loaded.warnings[0].to_string().starts_with("the model of round 5 is damaged"));
+            assert_eq!(loaded.events, events);
+        }
+        disk.flip(&newest, 500, 1);
+        let mut store = open(&disk).unwrap().store;
+        store.append(&started(2), Attachment::None).unwrap();
+        store.append(&Event::Reverted { round: 4 }, Attachment::None).unwrap();
+        store.sync().unwrap();
+        let loaded = open(&disk).unwrap();
+        assert_eq!((loaded.state, loaded.whole), (Some(model(4, 1000)), None), "it stands until the redo is done");
+        let (mut store, redone) = (loaded.store, model(5, 1000));
+        store.append(&Event::Redone { round: 5 }, Attachment::Model(&redone)).unwrap();
+        store.sync().unwrap();
+        assert_eq!(open(&disk).unwrap().state, Some(redone));
+        names(&disk, "model-").iter().for_each(|name| disk.flip(name, 500, 1));
+        assert!(matches!(open(&disk), Err(StoreError::NoModel)));
+    }
+
+    #[test]
+    fn a_damaged_schema_is_refused() {
+        let (mut disk, _) = run_of(1, 100);
+        disk.flip(&schema_file(Hash::of(SCHEMA)), 3, 1);
+        assert!(matches!(open(&disk), Err(StoreError::Damaged { file, .. }) if file.starts_with("schema-")));
+    }
+
+    #[test]
+    fn a_round_made_again_may_not_give_another_model() {
+        let disk = TestDisk::default();
+        let mut script = Script::new(&disk).unwrap();
+        script.begin(1000).unwrap();
+        let (kept, redone) = (model(1, 1000), model(2, 1000));
+        script.append(committed(1, task(1), b"x", &kept), Attachment::Model(&kept)).unwrap();
+        // The record was never written; the model is durable.
+        disk.crash(0);
+        let mut store = open(&disk).unwrap().store;
+        let conflict = store.append(&committed(1, task(1), b"x", &redone), Attachment::Model(&redone)).unwrap_err();
+        assert!(matches!(conflict, StoreError::TwoModels { round: 1, .. }), "{conflict}");
+        store.append(&committed(1, task(1), b"x", &kept), Attachment::Model(&kept)).unwrap();
+    }
+}

@@ -1,0 +1,170 @@
+//! A directory in memory, for tests: it loses what was not synced, stops, fails and is full when told to.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::io::{self, Cursor, Read};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::disk::Disk;
+
+/// Clones are the same directory.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct TestDisk(Arc<Mutex<Files>>);
+
+#[derive(Clone, Debug, Default)]
+struct Files {
+    /// By a number that is never used again: what a file has, and how much of that a crash leaves.
+    contents: BTreeMap<u64, (Vec<u8>, Vec<u8>)>,
+    names: BTreeMap<String, u64>,
+    durable_names: BTreeMap<String, u64>,
+    count: u64,
+    /// So many more operations, then nothing works.
+    operations: Option<u64>,
+    room: Option<u64>,
+    fails: String,
+}
+
+impl TestDisk {
+    fn files(&self) -> MutexGuard<'_, Files> {
+        self.0.lock().unwrap()
+    }
+
+    /// Nothing works after so many operations.
+    pub(crate) fn stop_after(&self, operations: u64) {
+        self.files().operations = Some(operations);
+    }
+
+    /// The disk has room for so many bytes more.
+    pub(crate) fn room(&self, bytes: u64) {
+        self.files().room = Some(bytes);
+    }
+
+    /// One kind of operation fails from now on.
+    pub(crate) fn fail(&self, what: &str) {
+        self.files().fails = what.to_owned();
+    }
+
+    /// The power goes and comes. What was not synced is lost (0), torn (1), or there (2).
+    pub(crate) fn crash(&self, keep: u8) {
+        let mut files = self.files();
+        let before = std::mem::take(&mut *files);
+        files.count = before.count;
+        files.names = if keep == 2 { before.names } else { before.durable_names };
+        for (number, (live, durable)) in before.contents {
+            let half = durable.len().min(live.len()) + live.len().saturating_sub(durable.len()) / 2;
+            let left = match keep {
+                0 => durable,
+                1 => live[..half].to_vec(),
+                _ => live,
+            };
+            files.contents.insert(number, (left.clone(), left));
+        }
+        files.durable_names = files.names.clone();
+    }
+
+    /// Another directory with the same files.
+    pub(crate) fn copy(&self) -> Self {
+        Self(Arc::new(Mutex::new(self.files().clone())))
+    }
+
+    pub(crate) fn content(&self, name: &str) -> Vec<u8> {
+        let files = self.files();
+        files.contents[&files.names[name]].0.clone()
+    }
+
+    pub(crate) fn put(&mut self, name: &str, bytes: &[u8]) {
+        let mut files = self.files();
+        let number = files.names[name];
+        files.contents.insert(number, (bytes.to_vec(), bytes.to_vec()));
+    }
+
+    pub(crate) fn flip(&mut self, name: &str, at: usize, bits: u8) {
+        let mut bytes = self.content(name);
+        bytes[at] ^= bits;
+        self.put(name, &bytes);
+    }
+}
+
+impl Files {
+    fn operation(&mut self, what: &str) -> io::Result<()> {
+        let stopped = self.operations == Some(0);
+        self.operations = self.operations.map(|left| left.saturating_sub(1));
+        if stopped || self.fails == what { Err(io::Error::other("the disk is broken")) } else { Ok(()) }
+    }
+
+    fn number(&self, name: &str) -> io::Result<u64> {
+        self.names.get(name).copied().ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+}
+
+impl Disk for TestDisk {
+    fn list(&self) -> io::Result<Vec<(String, u64)>> {
+        let files = self.files();
+        Ok(files.names.iter().map(|(name, number)| (name.clone(), files.contents[number].0.len() as u64)).collect())
+    }
+
+    fn read(&self, name: &str, from: u64) -> io::Result<Box<dyn Read + Send>> {
+        let files = self.files();
+        let content = files.contents[&files.number(name)?].0.clone();
+        let from = usize::try_from(from).unwrap().min(content.len());
+        Ok(Box::new(Cursor::new(content[from..].to_vec())))
+    }
+
+    fn append(&mut self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let mut files = self.files();
+        let broken = files.operation("append");
+        let number = match files.names.get(name) {
+            Some(number) => *number,
+            None => {
+                files.count += 1;
+                let number = files.count;
+                files.names.insert(name.to_owned(), number);
+                number
+            }
+        };
+        let room = files.room.map_or(bytes.len(), |room| bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX)));
+        // What fails may have done half of it.
+        let room = if broken.is_err() { room / 2 } else { room };
+        files.contents.entry(number).or_default().0.extend(&bytes[..room]);
+        files.room = files.room.map(|left| left - room as u64);
+        broken?;
+        if room < bytes.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
+    fn truncate(&mut self, name: &str, length: u64) -> io::Result<()> {
+        let mut files = self.files();
+        files.operation("truncate")?;
+        let number = files.number(name)?;
+        let content = &mut files.contents.entry(number).or_default().0;
+        content.truncate(usize::try_from(length).unwrap());
+        Ok(())
+    }
+
+    fn sync(&mut self, name: &str) -> io::Result<()> {
+        let mut files = self.files();
+        files.operation("sync")?;
+        let number = files.number(name)?;
+        let content = files.contents.entry(number).or_default();
+        content.1 = content.0.clone();
+        files.durable_names.retain(|_, there| *there != number);
+        files.durable_names.insert(name.to_owned(), number);
+        Ok(())
+    }
+
+    fn rename(&mut self, from: &str, to: &str) -> io::Result<()> {
+        let mut files = self.files();
+        files.operation("rename")?;
+        let number = files.number(from)?;
+        files.names.remove(from);
+        files.names.insert(to.to_owned(), number);
+        Ok(())
+    }
+
+    fn remove(&mut self, name: &str) -> io::Result<()> {
+        let mut files = self.files();
+        files.number(name)?;
+        files.operation("remove")?;
+        files.names.remove(name);
+        Ok(())
+    }
+}
