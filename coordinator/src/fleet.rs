@@ -178,7 +178,6 @@ enum Course {
 #[derive(Debug, Default)]
 struct Seen {
     traffic: Option<TrafficTotals>,
-    checkpoint: Option<Instant>,
     commit: Option<Instant>,
 }
 
@@ -295,6 +294,9 @@ impl Fleet {
 
     /// The workshop says so itself if it is broken; if its thread is gone, the loop is ending.
     fn job(&self, job: Job) {
+        if matches!(job, Job::Append(_)) {
+            self.world.door.telemetry.metrics.journal_records.increment(1);
+        }
         let _ = self.world.workshop.send(job);
     }
 
@@ -505,9 +507,8 @@ impl Fleet {
     /// Opens the gates of all that waited for this event or an earlier one.
     fn synced(&mut self, no: EventNo, bytes: u64, took: Duration) {
         let metrics = &self.world.door.telemetry.metrics;
-        metrics.checkpoint_sync_seconds.record(took.as_secs_f64());
-        metrics.checkpoint_bytes.set(lossy(bytes));
-        self.seen.checkpoint = Some(Instant::now());
+        metrics.journal_sync_seconds.record(took.as_secs_f64());
+        metrics.journal_bytes.increment(bytes);
         self.core.synced(no);
     }
 
@@ -547,9 +548,9 @@ impl Fleet {
         self.peers = peers;
         self.show_page();
         let metrics = &self.world.door.telemetry.metrics;
-        let age = |since: Option<Instant>| since.map_or(0.0, |since| since.elapsed().as_secs_f64());
-        metrics.checkpoint_age.set(age(self.seen.checkpoint));
-        metrics.last_commit_age.set(age(self.seen.commit));
+        if let Some(commit) = self.seen.commit {
+            metrics.last_commit_age.set(commit.elapsed().as_secs_f64());
+        }
         metrics.connections.set(lossy(self.world.door.server.counts().connections as u64));
         self.count_traffic();
         self.world.door.telemetry.upkeep();

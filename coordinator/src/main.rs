@@ -35,7 +35,12 @@ pub(crate) fn main() -> ExitCode {
     let options = Options { default_join, json, look, ..Options::quiet(settings) };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).enable_all().build();
     let outcome = match runtime {
-        Ok(runtime) => runtime.block_on(async { run(options, orders::interrupted()?).await }),
+        Ok(runtime) => {
+            let outcome = runtime.block_on(async { run(options, orders::interrupted()?).await });
+            // A disk that does not answer must not hold up the end.
+            runtime.shutdown_background();
+            outcome
+        }
         Err(error) => Err(error.into()),
     };
     match outcome {

@@ -10,8 +10,8 @@ use crate::cli::{Command, InviteArgs};
 use crate::control::{Answer, ControlError, Request, WorkerRow, ask};
 use crate::state::{StateError, write_durably};
 
-/// The exit status after a second Ctrl-C.
-const INTERRUPTED: i32 = 130;
+/// The exit status of who was ended by a signal is this and the signal's number, as shells have it.
+const KILLED_BY: i32 = 128;
 
 /// Why a command came to nothing.
 #[derive(Debug, thiserror::Error)]
@@ -87,19 +87,33 @@ fn table(workers: &[WorkerRow]) -> String {
     workers.iter().map(line).collect()
 }
 
-/// Resolves at the first Ctrl-C or SIGTERM; a second one ends the process at once.
+/// Resolves at the first Ctrl-C, SIGTERM, or SIGHUP of a terminal that was closed; a second one ends the process at
+/// once. Who started it with `nohup` wants it to outlive its terminal.
 ///
 /// # Errors
 /// If the operating system does not tell of signals.
 pub fn interrupted() -> io::Result<impl Future<Output = ()>> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let mut hang_up = if ignores_hang_up() { None } else { Some(signal(SignalKind::hangup())?) };
     let (first, told) = tokio::sync::oneshot::channel();
     tokio::spawn(async move {
-        tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+        let mut next = async || {
+            let hung_up = async {
+                match &mut hang_up {
+                    Some(signal) => signal.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                _ = interrupt.recv() => SignalKind::interrupt(),
+                _ = terminate.recv() => SignalKind::terminate(),
+                _ = hung_up => SignalKind::hangup(),
+            }
+        };
+        next().await;
         // The coordinator may be ending by itself.
         let _ = first.send(());
-        tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
-        std::process::exit(INTERRUPTED);
+        std::process::exit(KILLED_BY + next().await.as_raw_value());
     });
     Ok(async {
         if told.await.is_err() {
@@ -108,10 +122,30 @@ pub fn interrupted() -> io::Result<impl Future<Output = ()>> {
     })
 }
 
+/// Whether whoever started this process told it not to mind SIGHUP. Where nothing says so, nobody did.
+fn ignores_hang_up() -> bool {
+    std::fs::read_to_string("/proc/self/status").is_ok_and(|status| is_ignored(&status, SignalKind::hangup()))
+}
+
+/// Whether a signal is in the mask of those that are ignored.
+fn is_ignored(status: &str, signal: SignalKind) -> bool {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (signal.as_raw_value() - 1) & 1 == 1
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use protocol::ids::WorkerId;
+
+    #[test]
+    fn who_is_started_with_nohup_does_not_mind_its_terminal() {
+        let status = |mask: &str| format!("Name:\tcoordinator\nSigBlk:\tffffffffffffffff\nSigIgn:\t{mask}\n");
+        assert!(is_ignored(&status("0000000000001001"), SignalKind::hangup()));
+        assert!(!is_ignored(&status("0000000000001000"), SignalKind::hangup()));
+        assert!(!is_ignored("", SignalKind::hangup()));
+    }
 
     #[test]
     fn workers_are_listed_in_columns() {

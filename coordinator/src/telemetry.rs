@@ -2,8 +2,8 @@
 //!
 //! A [`Telemetry`] owns its recorder, so that many fleets live in one process; its handles are made once and cost an
 //! atomic each. Every family is there from the start, at zero, with all the values that its labels can have: labels
-//! are closed enums, and a worker's id is never one. [`Telemetry::render`] sorts families, so that two renderings
-//! differ only where figures do.
+//! are closed enums, and a worker's id is never one. A gauge of which nothing is known is NaN, and left out of the page.
+//! [`Telemetry::render`] sorts families, so that two renderings differ only where figures do.
 
 use std::time::Duration;
 
@@ -348,10 +348,12 @@ table! {
     round: gauge = "tributary_round", "Committed rounds of the present run.";
     round_seconds: histogram(SECONDS_LONG) = "tributary_round_seconds", "Time from a round's first assignment to its model.";
     workers: gauge<WorkerState> = "tributary_workers", "Workers by state.";
-    checkpoint_bytes: gauge = "tributary_checkpoint_bytes", "Size of the last checkpoint.";
-    checkpoint_age: gauge = "tributary_checkpoint_age_seconds", "Time since the last checkpoint; 0 before the first.";
-    checkpoint_sync_seconds: histogram(SECONDS_MIDDLE) = "tributary_checkpoint_sync_seconds", "Time to write a checkpoint and make it durable.";
-    last_commit_age: gauge = "tributary_last_commit_age_seconds", "Time since the last commit; 0 before the first.";
+    state_bytes: gauge = "tributary_state_bytes", "Bytes of the run's journal, models and payloads on disk.";
+    disk_full: gauge = "tributary_disk_full", "1 while there is no room on the disk, and the run waits for it; else 0.";
+    journal_records: counter = "tributary_journal_records_total", "Facts that were handed to the journal.";
+    journal_bytes: counter = "tributary_journal_bytes_total", "Bytes of the journal that were made durable, models and small payloads in it included.";
+    journal_sync_seconds: histogram(SECONDS_MIDDLE) = "tributary_journal_sync_seconds", "Time to make durable all that waits for it.";
+    last_commit_age: gauge = "tributary_last_commit_age_seconds", "Time since the last commit of this process; absent before the first.";
     commits: counter = "tributary_commits_total", "Commits: the first model, each round's, the last evaluation.";
     starts: counter = "tributary_starts_total", "Starts of this coordinator, ever.";
 }
@@ -415,6 +417,7 @@ impl Telemetry {
         recorder.describe_gauge("tributary_build_info".into(), None::<Unit>, help.into());
         let version = Label::from_static_parts("version", env!("CARGO_PKG_VERSION"));
         gauge(&recorder, "tributary_build_info", vec![version]).set(1.0);
+        metrics.last_commit_age.set(f64::NAN);
         Self { handle: recorder.handle(), metrics }
     }
 
@@ -559,7 +562,8 @@ fn family_name(family: &str) -> &str {
 
 /// Puts the label sets of a family in order; the lines of one histogram stay as they are.
 fn sort_lines(family: &str) -> String {
-    let (head, mut lines): (Vec<&str>, Vec<&str>) = family.trim().lines().partition(|line| line.starts_with('#'));
+    let known = family.trim().lines().filter(|line| !line.ends_with(" NaN"));
+    let (head, mut lines): (Vec<&str>, Vec<&str>) = known.partition(|line| line.starts_with('#'));
     if !head.iter().any(|line| line.ends_with(" histogram")) {
         lines.sort_unstable();
     } else {
@@ -600,6 +604,15 @@ mod tests {
         let telemetry = Telemetry::new();
         telemetry.restore(Some(&frozen), None);
         assert!(telemetry.render().contains("\ntributary_model_parameters 1234\n"));
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_shown_as_zero() {
+        let telemetry = Telemetry::new();
+        let samples = |page: String| page.lines().filter(|line| line.starts_with("tributary_last_commit_age")).count();
+        assert_eq!(samples(telemetry.render()), 0);
+        telemetry.metrics.last_commit_age.set(0.5);
+        assert_eq!(samples(telemetry.render()), 1);
     }
 
     #[test]

@@ -19,7 +19,7 @@ const BUSY: [&str; 10] = [
     "Loss",
     "Round duration",
     "Update norm",
-    "Checkpoint sync",
+    "Journal sync",
     "QUIC datagrams",
     "Payload bytes",
 ];
