@@ -158,8 +158,8 @@ impl Journal {
         clock: fn() -> u64,
         each: &mut dyn FnMut(Record) -> Result<(), String>,
     ) -> Result<(Self, Option<End>), StoreError> {
-        let plan = scope.plan.unwrap_or(Hash([0; 32]));
         let end = read(disk, &scope, false, each)?;
+        let plan = scope.plan.or(end.as_ref().map(|end| end.plan)).unwrap_or(Hash([0; 32]));
         let mut journal = Self {
             scope,
             plan,
@@ -188,6 +188,12 @@ impl Journal {
         disk.sync(&file).map_err(StoreError::io(&file, "sync"))?;
         (self.part, self.written, self.durable, self.chain) = (end.part, end.length, end.length, end.chain);
         Ok(())
+    }
+
+    /// The hash of the plan that it names.
+    #[must_use]
+    pub fn plan(&self) -> Hash {
+        self.plan
     }
 
     /// The part that is written to.

@@ -14,8 +14,10 @@ use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use protocol::federation::{Checkpoint, Event};
+use protocol::evaluation::EvaluationSummary;
+use protocol::federation::{Checkpoint, Event, Frozen};
 use protocol::ids::{Hash, RunId};
 use protocol::limits::{MODEL_BYTES_MAX, SCHEMA_BYTES_MAX};
 use protocol::plan::{BatchSize, LearningPlan, ModelSpec, Plan, Strategy};
@@ -27,6 +29,8 @@ pub mod run;
 #[cfg(test)]
 mod testing;
 
+use self::disk::RealDisk;
+use self::run::{Loaded, ModelState, RunStore};
 use crate::state::{
     StateDir, StateError, make_private_dir, read_small, sync_parent, write_durably, write_durably_with,
 };
@@ -120,6 +124,12 @@ pub enum StoreError {
     #[error("{file}: it is not there; restore the whole state directory from a backup")]
     Missing {
         /// The file.
+        file: String,
+    },
+    /// An older build wrote it.
+    #[error("{file}: of an earlier version, which kept no journal; finish it with that version")]
+    Older {
+        /// What it is.
         file: String,
     },
     /// A newer build wrote it.
@@ -348,6 +358,22 @@ pub enum RunError {
     /// No checkpoint of an unfinished run is whole.
     #[error("the unfinished run has no checkpoint that is whole; begin anew with --new-run: {0}")]
     Lost(StateError),
+    /// The journal of the unfinished run, or what it cannot do without, is damaged.
+    #[error("{}: {source}; or begin anew with --new-run", path.display())]
+    LostJournal {
+        /// The run's directory.
+        path: PathBuf,
+        /// What is damaged.
+        source: StoreError,
+    },
+    /// A run's directory cannot be used.
+    #[error("{}: {source}", path.display())]
+    Store {
+        /// The run's directory.
+        path: PathBuf,
+        /// Why.
+        source: StoreError,
+    },
     /// The operating system gave no entropy for the run's id.
     #[error("cannot draw a run id: {0}")]
     Entropy(#[from] getrandom::Error),
@@ -393,7 +419,160 @@ fn go_on(runs: &Path, run: RunId, path: PathBuf, plan: &Plan, keep_finished: boo
     Ok(OpenedRun { dir, from, damaged, finished: None })
 }
 
+/// The run that a start goes on with or begins, with its journal.
+#[derive(Debug)]
+pub struct JournaledRun {
+    /// Its id.
+    pub run: RunId,
+    /// Its directory.
+    pub path: PathBuf,
+    /// What it goes on with.
+    pub loaded: Loaded,
+    /// The finished run that was there before, or that this is, if there is one.
+    pub finished: Option<FinishedRun>,
+}
+
+/// A run that is over, and what its model file is made of.
+#[derive(Clone, Debug)]
+pub struct FinishedRun {
+    /// What was to be learned.
+    pub learning: LearningPlan,
+    /// Committed rounds.
+    pub rounds: u32,
+    /// What the survey froze.
+    pub frozen: Frozen,
+    /// The schema's bytes.
+    pub schema: Arc<[u8]>,
+    /// The last model's hash.
+    pub model: Hash,
+    /// The last model.
+    pub state: ModelState,
+    /// Its evaluation.
+    pub evaluation: EvaluationSummary,
+}
+
+impl FinishedRun {
+    /// None if the run is not over, or if its last model must be made again.
+    fn of(loaded: &Loaded, learning: LearningPlan) -> Option<Self> {
+        let (mut rounds, mut frozen, mut model, mut evaluation) = (0, None, None, None);
+        for event in &loaded.events {
+            match event {
+                Event::Surveyed { frozen: figures, model: first } => (frozen, model) = (Some(*figures), Some(*first)),
+                Event::Committed { figures, .. } => (rounds, model) = (figures.round, Some(figures.model)),
+                Event::Reverted { .. } => evaluation = None,
+                Event::Finished { evaluation: last } => evaluation = Some(*last),
+                _ => {}
+            }
+        }
+        let state = loaded.state.clone().filter(|_| loaded.whole.is_none())?;
+        let schema = loaded.schema.clone();
+        let (frozen, model, evaluation) = (frozen?, model?, evaluation?);
+        Some(Self { learning, rounds, frozen, schema, model, state, evaluation })
+    }
+}
+
+/// Goes on with the unfinished run, or begins one, by the rules of a second start.
+///
+/// `keep_finished` is for `--exit-when-done`: a finished run of the same plan is opened again.
+///
+/// # Errors
+/// Why there is no run to go on with.
+pub fn open_journaled_run(
+    state: &StateDir,
+    plan: &Plan,
+    new_run: bool,
+    keep_finished: bool,
+) -> Result<JournaledRun, RunError> {
+    let runs = state.file("runs");
+    match current_run(&runs)? {
+        Some((run, path)) if !new_run => go_on_journaled(&runs, run, path, plan, keep_finished),
+        _ => begin_journaled(&runs, plan),
+    }
+}
+
+fn go_on_journaled(
+    runs: &Path,
+    run: RunId,
+    path: PathBuf,
+    plan: &Plan,
+    keep_finished: bool,
+) -> Result<JournaledRun, RunError> {
+    let before = read_plan(&path)?;
+    let difference = difference(&before, &plan.learning);
+    let more_rounds = before.train.rounds <= plan.learning.train.rounds;
+    let is_other = difference.as_ref().is_some_and(|(key, _)| key != "train.rounds") || !more_rounds;
+    let sentence = || difference.map_or_else(|| "the arithmetic of the sum".to_owned(), |(_, sentence)| sentence);
+    let Some(loaded) = load(run, &path)? else {
+        // It was interrupted before its first fact.
+        if is_other {
+            return Err(RunError::AnotherPlan { path, difference: sentence() });
+        }
+        write_plan(&path, &plan.learning)?;
+        return load_new(run, path, plan);
+    };
+    let is_same = !is_other && loaded.store.plan() == plan.hash();
+    let same_rounds = before.train.rounds == plan.learning.train.rounds;
+    if let Some(last) = FinishedRun::of(&loaded, before) {
+        let finished = Some(last);
+        if is_same && same_rounds && keep_finished {
+            return Ok(JournaledRun { run, path, loaded, finished });
+        }
+        return Ok(JournaledRun { finished, ..begin_journaled(runs, plan)? });
+    }
+    if loaded.events.iter().any(|event| matches!(event, Event::Aborted { .. })) {
+        return begin_journaled(runs, plan);
+    }
+    if !is_same {
+        return Err(RunError::AnotherPlan { path, difference: sentence() });
+    }
+    write_plan(&path, &plan.learning)?;
+    Ok(JournaledRun { run, path, loaded, finished: None })
+}
+
+fn begin_journaled(runs: &Path, plan: &Plan) -> Result<JournaledRun, RunError> {
+    let (run, path) = begin_dir(runs, plan)?;
+    load_new(run, path, plan)
+}
+
+fn load_new(run: RunId, path: PathBuf, plan: &Plan) -> Result<JournaledRun, RunError> {
+    let disk = Box::new(RealDisk::new(&path).map_err(StateError::io(&path, "open"))?);
+    let loaded = RunStore::open(disk, run, plan.hash(), unix_ms).map_err(unusable(&path))?;
+    Ok(JournaledRun { run, path, loaded, finished: None })
+}
+
+/// `None` if there is no journal yet.
+fn load(run: RunId, path: &Path) -> Result<Option<Loaded>, RunError> {
+    let disk = Box::new(RealDisk::new(path).map_err(StateError::io(path, "open"))?);
+    if !run::has_begun(disk.as_ref()).map_err(unusable(path))? {
+        return Ok(None);
+    }
+    RunStore::open_any(disk, run, unix_ms).map(Some).map_err(unusable(path))
+}
+
+/// What is damaged can be given up; what is full or not writable cannot be worked around by a new run.
+fn unusable(path: &Path) -> impl FnOnce(StoreError) -> RunError {
+    let path = path.to_owned();
+    move |source| match source {
+        StoreError::Io { .. } | StoreError::NotWritable { .. } | StoreError::Full { .. } | StoreError::Newer { .. } => {
+            RunError::Store { path, source }
+        }
+        source => RunError::LostJournal { path, source },
+    }
+}
+
+/// Milliseconds since 1970; 0 before.
+#[must_use]
+pub fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
 fn begin(runs: &Path, plan: &Plan) -> Result<OpenedRun, RunError> {
+    let (run, path) = begin_dir(runs, plan)?;
+    Ok(OpenedRun { dir: RunDir::new(path)?, from: unbegun(run, plan), damaged: Vec::new(), finished: None })
+}
+
+fn begin_dir(runs: &Path, plan: &Plan) -> Result<(RunId, PathBuf), RunError> {
     let mut id = [0; 16];
     getrandom::fill(&mut id)?;
     let run = RunId(id);
@@ -404,7 +583,7 @@ fn begin(runs: &Path, plan: &Plan) -> Result<OpenedRun, RunError> {
     write_plan(&path, &plan.learning)?;
     // From here on a restart finds it.
     write_durably(&runs.join("current"), format!("{run}\n").as_bytes())?;
-    Ok(OpenedRun { dir: RunDir::new(path)?, from: unbegun(run, plan), damaged: Vec::new(), finished: None })
+    Ok((run, path))
 }
 
 fn unbegun(run: RunId, plan: &Plan) -> Snapshot {
@@ -607,8 +786,10 @@ impl<T: Read> Read for Hashing<T> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use super::run::Attachment;
+    use super::testing::{SCHEMA, committed, model, started, surveyed};
     use super::*;
-    use protocol::evaluation::EvaluationSummary;
+    use protocol::ids::TaskId;
     use protocol::plan::RoundsSpec;
 
     fn plan(change: impl FnOnce(&mut LearningPlan)) -> Plan {
@@ -741,5 +922,112 @@ mod tests {
         assert_eq!(&open_run(&state, &plan(|_| ()), false, false).unwrap().from.model[..], b"model");
         commit(&mut run, b"next", false);
         assert_eq!(&open_run(&state, &plan(|_| ()), false, false).unwrap().from.model[..], b"next");
+    }
+
+    // --- with a journal ---
+
+    fn journaled(state: &StateDir, change: impl FnOnce(&mut LearningPlan)) -> Result<JournaledRun, RunError> {
+        open_journaled_run(state, &plan(change), false, false)
+    }
+
+    fn survey(opened: &mut JournaledRun) {
+        let (store, first) = (&mut opened.loaded.store, model(0, 100));
+        store.append(&started(1), Attachment::None).unwrap();
+        store.append(&surveyed(&first), Attachment::First { schema: SCHEMA, state: &first }).unwrap();
+        store.sync().unwrap();
+    }
+
+    fn round(opened: &mut JournaledRun, round: u32) {
+        let (store, made) = (&mut opened.loaded.store, model(round, 100));
+        let event = committed(round, TaskId(1), b"payload", &made);
+        store.append(&event, Attachment::Model(&made)).unwrap();
+        store.sync().unwrap();
+    }
+
+    fn fact(opened: &mut JournaledRun, event: &Event) {
+        opened.loaded.store.append(event, Attachment::None).unwrap();
+        opened.loaded.store.sync().unwrap();
+    }
+
+    fn finished() -> Event {
+        Event::Finished { evaluation: EvaluationSummary::default() }
+    }
+
+    #[test]
+    fn an_unfinished_run_goes_on_from_its_last_fact() {
+        let (_home, state) = state();
+        let mut first = journaled(&state, |_| ()).unwrap();
+        let run = first.run;
+        assert_eq!(journaled(&state, |_| ()).unwrap().run, run, "before the first fact too");
+        survey(&mut first);
+        round(&mut first, 1);
+        fact(&mut first, &started(2));
+        let again = journaled(&state, |l| l.train.rounds = 99).unwrap();
+        assert_eq!((again.run, again.loaded.state, again.loaded.events.len()), (run, Some(model(1, 100)), 4));
+        assert_eq!(read_plan(&again.path).unwrap().train.rounds, 99);
+        let anew = open_journaled_run(&state, &plan(|_| ()), true, false).unwrap();
+        assert_ne!(anew.run, run);
+        assert!(anew.loaded.events.is_empty());
+    }
+
+    #[test]
+    fn another_plan_is_refused_by_its_key_before_and_after_the_first_fact() {
+        let (_home, state) = state();
+        let mut first = journaled(&state, |_| ()).unwrap();
+        for _ in 0..2 {
+            let refused = |change: fn(&mut LearningPlan)| {
+                let RunError::AnotherPlan { difference, .. } = journaled(&state, change).unwrap_err() else {
+                    panic!("not refused")
+                };
+                difference
+            };
+            assert_eq!(refused(|l| l.train.learning_rate = 0.1), "train.learning_rate was 0.05, is 0.1");
+            assert_eq!(refused(|l| l.train.rounds = 3), "train.rounds was 30, is 3");
+            assert_eq!(refused(|l| l.model = ModelSpec::Linear), "model.kind was \"mlp\", is \"linear\"");
+            fact(&mut first, &started(1));
+        }
+    }
+
+    #[test]
+    fn after_a_finished_or_aborted_run_a_new_one_begins_unless_the_result_is_wanted_again() {
+        let (_home, state) = state();
+        let mut first = journaled(&state, |_| ()).unwrap();
+        survey(&mut first);
+        round(&mut first, 1);
+        fact(&mut first, &finished());
+        let again = open_journaled_run(&state, &plan(|_| ()), false, true).unwrap();
+        let last = again.finished.unwrap();
+        assert_eq!((again.run, last.rounds, last.state), (first.run, 1, model(1, 100)));
+        assert_eq!(&*last.schema, SCHEMA);
+        let mut other = open_journaled_run(&state, &plan(|l| l.train.seed = 8), false, true).unwrap();
+        assert!(other.run != first.run && other.finished.is_some() && other.loaded.events.is_empty());
+        fact(&mut other, &Event::Aborted { sentence: "aborted by the operator".into() });
+        let next = open_journaled_run(&state, &plan(|_| ()), false, true).unwrap();
+        assert!(next.run != other.run && next.finished.is_none());
+    }
+
+    #[test]
+    fn a_run_that_cannot_be_read_is_not_begun_anew_silently() {
+        let (_home, state) = state();
+        let mut first = journaled(&state, |_| ()).unwrap();
+        survey(&mut first);
+        fact(&mut first, &started(2));
+        drop(first.loaded);
+        let file = first.path.join("journal-000001");
+        let whole = fs::read(&file).unwrap();
+        let mut damaged = whole.clone();
+        damaged[130] ^= 1;
+        fs::write(&file, damaged).unwrap();
+        let refused = journaled(&state, |_| ()).unwrap_err();
+        assert!(matches!(refused, RunError::LostJournal { .. }));
+        assert!(refused.to_string().contains("journal-000001: damaged at offset 100"), "{refused}");
+        assert!(refused.to_string().ends_with("; or begin anew with --new-run"), "{refused}");
+        fs::remove_file(&file).unwrap();
+        assert!(matches!(journaled(&state, |_| ()), Err(RunError::LostJournal { .. })));
+        fs::remove_file(first.path.join(format!("schema-{}", Hash::of(SCHEMA)))).unwrap();
+        fs::write(first.path.join("checkpoint-0000000001"), "x").unwrap();
+        let older = journaled(&state, |_| ()).unwrap_err().to_string();
+        assert!(older.contains("of an earlier version"), "{older}");
+        assert!(open_journaled_run(&state, &plan(|_| ()), true, false).is_ok());
     }
 }

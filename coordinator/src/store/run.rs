@@ -130,17 +130,25 @@ impl RunStore {
     /// # Errors
     /// If something is damaged that cannot be done without, or the disk is broken or read-only.
     pub fn open(disk: Box<dyn Disk>, run: RunId, plan: Hash, clock: fn() -> u64) -> Result<Loaded, StoreError> {
-        Self::open_with(disk, run, plan, clock, LIMITS)
+        Self::open_with(disk, run, Some(plan), clock, LIMITS)
+    }
+
+    /// Reads a run that has begun, whatever its plan.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_any(disk: Box<dyn Disk>, run: RunId, clock: fn() -> u64) -> Result<Loaded, StoreError> {
+        Self::open_with(disk, run, None, clock, LIMITS)
     }
 
     fn open_with(
         mut disk: Box<dyn Disk>,
         run: RunId,
-        plan: Hash,
+        plan: Option<Hash>,
         clock: fn() -> u64,
         limits: Limits,
     ) -> Result<Loaded, StoreError> {
-        let scope = Scope { prefix: JOURNAL, run, plan: Some(plan) };
+        let scope = Scope { prefix: JOURNAL, run, plan };
         let (mut index, mut events) = (Index::default(), Vec::new());
         refuse_headless(disk.as_ref())?;
         let (journal, end) = Journal::open(disk.as_mut(), scope, clock, &mut |record: Record| {
@@ -263,6 +271,12 @@ impl RunStore {
     pub fn parts(&self) -> Result<Vec<(String, u64)>, StoreError> {
         let files = self.disk.list().map_err(StoreError::io("the run's directory", "list"))?;
         Ok(files.into_iter().filter(|(name, _)| PayloadName::parse(name).is_some_and(|p| p.is_part)).collect())
+    }
+
+    /// The hash of the plan that the journal names.
+    #[must_use]
+    pub fn plan(&self) -> Hash {
+        self.journal.plan()
     }
 
     /// How much room the run takes.
@@ -423,12 +437,18 @@ pub(crate) fn fact(record: &Record) -> Result<Option<Event>, String> {
 /// A run that has files and no journal has lost it.
 fn refuse_headless(disk: &dyn Disk) -> Result<(), StoreError> {
     let files = disk.list().map_err(StoreError::io("the run's directory", "list"))?;
-    let is_left = |name: &str| !name.ends_with(ASIDE) && (name.starts_with("model-") || name.starts_with("schema-"));
-    let has_journal = files.iter().any(|(name, _)| name.starts_with(JOURNAL) && !name.ends_with(ASIDE));
-    if !has_journal && files.iter().any(|(name, _)| is_left(name)) {
-        return Err(StoreError::Missing { file: format!("{JOURNAL}000001") });
+    let has = |prefix: &str| files.iter().any(|(name, _)| name.starts_with(prefix) && !name.ends_with(ASIDE));
+    match has(JOURNAL) {
+        false if has("checkpoint-") => Err(StoreError::Older { file: "the run".to_owned() }),
+        false if has("model-") || has("schema-") => Err(StoreError::Missing { file: format!("{JOURNAL}000001") }),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// Whether a run has a journal.
+pub(crate) fn has_begun(disk: &dyn Disk) -> Result<bool, StoreError> {
+    let files = disk.list().map_err(StoreError::io("the run's directory", "list"))?;
+    Ok(files.iter().any(|(name, _)| name.starts_with(JOURNAL) && !name.ends_with(ASIDE)))
 }
 
 /// What the facts say about files.
@@ -675,16 +695,11 @@ fn read_exactly(input: &mut dyn Read, name: &str, bytes: u64) -> Result<Vec<u8>,
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::super::disk::RealDisk;
-    use super::super::testing::TestDisk;
+    use super::super::testing::{SCHEMA, TestDisk, assigned, committed, held, model, started, surveyed};
     use super::*;
-    use protocol::federation::{Entry, Frozen, HeldUpdate, RoundFigures};
-    use protocol::ids::{WorkerId, WorkerName};
-    use protocol::messages::{Metrics, TaskKind};
 
     const RUN: RunId = RunId([7; 16]);
     const PLAN: Hash = Hash([8; 32]);
-    const LAYOUT: Hash = Hash([9; 32]);
-    const SCHEMA: &[u8] = b"the schema";
     const SMALL: Limits = Limits { part_bytes: 2000, attached_bytes: 600 };
 
     fn clock() -> u64 {
@@ -692,52 +707,7 @@ mod tests {
     }
 
     fn open(disk: &TestDisk) -> Result<Loaded, StoreError> {
-        RunStore::open_with(Box::new(disk.clone()), RUN, PLAN, clock, SMALL)
-    }
-
-    fn model(round: u32, bytes: usize) -> ModelState {
-        ModelState { model: vec![u8::try_from(round % 251).unwrap(); bytes].into(), server: vec![3; 8] }
-    }
-
-    fn hash_of(state: &ModelState) -> Hash {
-        let mut hasher = model_hasher(&LAYOUT);
-        hasher.update(&state.model);
-        hasher.finalize().into()
-    }
-
-    fn started(start: u32) -> Event {
-        Event::Started { start }
-    }
-
-    fn surveyed(state: &ModelState) -> Event {
-        let schema = Hash::of(SCHEMA);
-        let frozen = Frozen { schema, schema_bytes: 10, layout: LAYOUT, parameters: 4, weight_shift: 0 };
-        Event::Surveyed { frozen, model: hash_of(state) }
-    }
-
-    fn assigned(task: TaskId, round: u32) -> Event {
-        let name: WorkerName = "shard".parse().unwrap();
-        Event::Assigned { task, round, kind: TaskKind::Update, worker: WorkerId([1; 16]), name, base: Hash([0; 32]) }
-    }
-
-    fn held(task: TaskId, payload: &[u8]) -> Event {
-        let (hash, bytes) = (Hash::of(payload), payload.len() as u64);
-        let update = HeldUpdate { hash, bytes, examples: 9, weight: 9, norm: 1.0, metrics: Metrics::default() };
-        Event::Held { task, update: Box::new(update) }
-    }
-
-    fn committed(round: u32, task: TaskId, payload: &[u8], state: &ModelState) -> Event {
-        let entries = vec![Entry { task, worker: WorkerId([1; 16]), hash: Hash::of(payload) }];
-        let figures = RoundFigures {
-            round,
-            workers: 1,
-            examples: 9,
-            train_loss: None,
-            evaluation: Default::default(),
-            seconds: 0.5,
-            model: hash_of(state),
-        };
-        Event::Committed { entries, figures: Box::new(figures) }
+        RunStore::open_with(Box::new(disk.clone()), RUN, Some(PLAN), clock, SMALL)
     }
 
     fn task(round: u32) -> TaskId {
@@ -1032,6 +1002,14 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_that_may_not_be_written_is_refused_with_the_remedy() {
+        let (disk, _) = run_of(1, 100);
+        disk.fail_with("append", io::ErrorKind::ReadOnlyFilesystem);
+        let told = open(&disk).unwrap_err().to_string();
+        assert!(told.ends_with("not writable; make the state directory yours, or give another with --state"), "{told}");
+    }
+
+    #[test]
     fn a_disk_that_fails_ends_the_store() {
         for (what, verb) in [("append", "write"), ("sync", "sync"), ("rename", "rename")] {
             let mut disk = TestDisk::default();
@@ -1123,7 +1101,8 @@ mod tests {
     #[test]
     fn a_journal_of_somebody_else_is_refused_by_name() {
         let (disk, _) = run_of(1, 100);
-        let refused = |run, plan| RunStore::open_with(Box::new(disk.copy()), run, plan, clock, SMALL).unwrap_err();
+        let refused =
+            |run, plan| RunStore::open_with(Box::new(disk.copy()), run, Some(plan), clock, SMALL).unwrap_err();
         assert!(matches!(refused(RunId([1; 16]), PLAN), StoreError::AnotherRun { got: RUN, .. }));
         assert!(matches!(refused(RUN, Hash([1; 32])), StoreError::AnotherPlan { .. }));
         let mut newer = disk.copy();

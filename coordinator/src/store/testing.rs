@@ -1,11 +1,22 @@
-//! A directory in memory, for tests: it loses what was not synced, stops, fails and is full when told to.
+//! For tests: a directory in memory, which loses what was not synced, stops, fails and is full when told to; and facts.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 use std::io::{self, Cursor, Read};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use protocol::federation::{Entry, Event, Frozen, HeldUpdate, RoundFigures};
+use protocol::ids::{Hash, TaskId, WorkerId, WorkerName};
+use protocol::layout::model_hasher;
+use protocol::messages::{Metrics, TaskKind};
+
 use super::disk::Disk;
+use super::run::ModelState;
+
+const LAYOUT: Hash = Hash([9; 32]);
+
+/// The schema of every run here.
+pub(crate) const SCHEMA: &[u8] = b"the schema";
 
 /// Clones are the same directory.
 #[derive(Clone, Debug, Default)]
@@ -21,7 +32,7 @@ struct Files {
     /// So many more operations, then nothing works.
     operations: Option<u64>,
     room: Option<u64>,
-    fails: String,
+    fails: (String, Option<io::ErrorKind>),
 }
 
 impl TestDisk {
@@ -41,7 +52,12 @@ impl TestDisk {
 
     /// One kind of operation fails from now on.
     pub(crate) fn fail(&self, what: &str) {
-        self.files().fails = what.to_owned();
+        self.files().fails = (what.to_owned(), None);
+    }
+
+    /// One kind of operation is refused from now on.
+    pub(crate) fn fail_with(&self, what: &str, kind: io::ErrorKind) {
+        self.files().fails = (what.to_owned(), Some(kind));
     }
 
     /// The power goes and comes. What was not synced is lost (0), torn (1), or there (2).
@@ -89,7 +105,11 @@ impl Files {
     fn operation(&mut self, what: &str) -> io::Result<()> {
         let stopped = self.operations == Some(0);
         self.operations = self.operations.map(|left| left.saturating_sub(1));
-        if stopped || self.fails == what { Err(io::Error::other("the disk is broken")) } else { Ok(()) }
+        match self.fails.1.filter(|_| self.fails.0 == what) {
+            Some(kind) => Err(kind.into()),
+            None if stopped || self.fails.0 == what => Err(io::Error::other("the disk is broken")),
+            None => Ok(()),
+        }
     }
 
     fn number(&self, name: &str) -> io::Result<u64> {
@@ -167,4 +187,51 @@ impl Disk for TestDisk {
         files.names.remove(name);
         Ok(())
     }
+}
+
+// --- facts ---
+
+pub(crate) fn model(round: u32, bytes: usize) -> ModelState {
+    ModelState { model: vec![u8::try_from(round % 251).unwrap(); bytes].into(), server: vec![3; 8] }
+}
+
+pub(crate) fn hash_of(state: &ModelState) -> Hash {
+    let mut hasher = model_hasher(&LAYOUT);
+    hasher.update(&state.model);
+    hasher.finalize().into()
+}
+
+pub(crate) fn started(start: u32) -> Event {
+    Event::Started { start }
+}
+
+pub(crate) fn surveyed(state: &ModelState) -> Event {
+    let schema = Hash::of(SCHEMA);
+    let frozen = Frozen { schema, schema_bytes: 10, layout: LAYOUT, parameters: 4, weight_shift: 0 };
+    Event::Surveyed { frozen, model: hash_of(state) }
+}
+
+pub(crate) fn assigned(task: TaskId, round: u32) -> Event {
+    let name: WorkerName = "shard".parse().unwrap();
+    Event::Assigned { task, round, kind: TaskKind::Update, worker: WorkerId([1; 16]), name, base: Hash([0; 32]) }
+}
+
+pub(crate) fn held(task: TaskId, payload: &[u8]) -> Event {
+    let (hash, bytes) = (Hash::of(payload), payload.len() as u64);
+    let update = HeldUpdate { hash, bytes, examples: 9, weight: 9, norm: 1.0, metrics: Metrics::default() };
+    Event::Held { task, update: Box::new(update) }
+}
+
+pub(crate) fn committed(round: u32, task: TaskId, payload: &[u8], state: &ModelState) -> Event {
+    let entries = vec![Entry { task, worker: WorkerId([1; 16]), hash: Hash::of(payload) }];
+    let figures = RoundFigures {
+        round,
+        workers: 1,
+        examples: 9,
+        train_loss: None,
+        evaluation: Default::default(),
+        seconds: 0.5,
+        model: hash_of(state),
+    };
+    Event::Committed { entries, figures: Box::new(figures) }
 }
