@@ -19,6 +19,9 @@ use crate::report::{Line, Report};
 use crate::state::StatePlace;
 use crate::{Outcome, WorkerError, predict, run};
 
+/// Where an invitation is looked for that `--join` does not give.
+const JOIN_VARIABLE: &str = "TRIBUTARY_JOIN";
+
 /// Train on your own data file with a fleet of others; the rows stay here.
 #[derive(Debug, Parser)]
 #[command(name = "worker", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -38,7 +41,7 @@ struct RunArgs {
     ///
     /// Without it, a worker that is enrolled already goes on; another one looks for the invitation that a coordinator
     /// on this machine leaves for its own user.
-    #[arg(long, value_name = "STRING|@FILE|-", env = "TRIBUTARY_JOIN", hide_env_values = true)]
+    #[arg(long, value_name = "STRING|@FILE|-", env = JOIN_VARIABLE, hide_env_values = true)]
     join: Option<String>,
     /// Where keys and receipts are kept [default: $XDG_STATE_HOME/tributary/worker/NAME]
     #[arg(long, value_name = "DIR", env = "TRIBUTARY_STATE")]
@@ -164,7 +167,9 @@ fn options(args: RunArgs, report: Report) -> Result<Options, WorkerError> {
     };
     let home = home.join("tributary");
     let state = args.state.map_or_else(|| StatePlace::Under(home.join("worker")), StatePlace::Here);
-    let join = args.join.as_deref().map(|text| invitation(text, io::stdin().lock())).transpose()?;
+    let variable = std::env::var(JOIN_VARIABLE).ok();
+    let said = if args.join.is_some() && args.join == variable { JOIN_VARIABLE } else { "--join" };
+    let join = args.join.as_deref().map(|text| invitation(text, said, io::stdin().lock())).transpose()?;
     let data = args.data.expect("clap requires --data where no subcommand is given");
     Ok(Options {
         join,
@@ -185,12 +190,12 @@ fn state_home() -> Result<PathBuf, WorkerError> {
         .ok_or(WorkerError::NoHome)
 }
 
-/// Reads what `--join` names.
-fn invitation(text: &str, stdin: impl io::Read) -> Result<Invitation, WorkerError> {
+/// Reads what `--join` or its variable, whichever was `said`, names.
+fn invitation(text: &str, said: &str, stdin: impl io::Read) -> Result<Invitation, WorkerError> {
     let (text, place) = match text.strip_prefix('@') {
         Some(path) => (read_invitation(File::open(path), path)?, path.to_owned()),
         None if text == "-" => (read_invitation(Ok(stdin), "standard input")?, "standard input".to_owned()),
-        None => (text.to_owned(), "--join".to_owned()),
+        None => (text.to_owned(), said.to_owned()),
     };
     text.parse().map_err(|source| WorkerError::Invitation { place, source })
 }
@@ -314,8 +319,9 @@ mod tests {
 
     #[test]
     fn an_invitation_comes_from_text_file_or_standard_input() {
-        let invitation_of = |text: &str, stdin: &[u8]| invitation(text, stdin).unwrap_err().to_string();
+        let invitation_of = |text: &str, stdin: &[u8]| invitation(text, "--join", stdin).unwrap_err().to_string();
         assert!(invitation_of("hello", b"").starts_with("--join"), "{}", invitation_of("hello", b""));
+        assert!(invitation("hello", JOIN_VARIABLE, io::empty()).unwrap_err().to_string().starts_with("TRIBUTARY_JOIN"));
         assert!(invitation_of("-", b"hello").starts_with("standard input"));
         assert!(invitation_of("@nowhere.txt", b"").starts_with("nowhere.txt"));
     }
