@@ -5,10 +5,11 @@
 //! what stands then. Two tasks of its own move the control messages; the loop owns the session and gives out stream keys.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use certs::{CertificateDer, KeyError, SERVER_NAME};
+use protocol::limits::SILENCE_MAX;
 use protocol::messages::{
     DecodeError, FromWorker, Hello, HelloRefused, PROTOCOL_VERSION, Role, SessionMode, ToWorker, decode, encode,
     printable,
@@ -19,8 +20,8 @@ use protocol::session::{
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use transport::{
-    Alpn, Client, CloseCode, ConnectError, Connected, Connection, Ended, Frame, FrameError, RecvStream, SendStream,
-    StreamError, Target, TlsIdentity, Trust,
+    Alpn, Client, CloseCode, ConnectError, ConnectFailure, Connected, Connection, Ended, Frame, FrameError, RecvStream,
+    SendStream, StreamError, Target, TlsIdentity, Trust,
 };
 use zeroize::Zeroizing;
 
@@ -33,8 +34,11 @@ const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// How long what we said last may take to arrive.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
 
-/// Control messages that wait to be written. Beats are the most of them, one every three seconds.
+/// Control messages that wait to be written. Beats are the most of them, four a second.
 const OUTGOING_MAX: usize = 64;
+
+/// The longest time between two beats that counts as listening: somewhat more than the slowest pulse.
+const LISTENED_MAX: Duration = Duration::from_secs(2);
 
 /// The addresses that these names have now.
 ///
@@ -123,6 +127,12 @@ impl LinkError {
     /// Whether somebody answered who is not the coordinator that we look for.
     pub(crate) fn is_foreign(&self) -> bool {
         matches!(self, Self::Connect(error) if error.is_untrusted())
+    }
+
+    /// Whether somebody answered who takes nobody in: a coordinator that is full, or that is being shut down.
+    pub(crate) fn is_refusal(&self) -> bool {
+        let Self::Connect(ConnectError::NowhereThere(failures)) = self else { return false };
+        failures.iter().any(|(_, failure)| *failure == ConnectFailure::Full)
     }
 
     /// The code with which the coordinator closed the connection.
@@ -227,6 +237,8 @@ pub(crate) enum LinkEnd {
     Message(#[from] DecodeError),
     #[error("control stream ended")]
     ControlEnded,
+    #[error("nothing was heard of the coordinator for {SILENCE_MAX:?}")]
+    Silent,
 }
 
 /// A live connection with its session.
@@ -234,9 +246,36 @@ pub(crate) enum LinkEnd {
 pub(crate) struct Link {
     pub(crate) connection: Connection,
     pub(crate) session: Session,
+    ear: Ear,
     outgoing: mpsc::Sender<FromWorker>,
     writer: JoinHandle<()>,
     readers: [JoinHandle<()>; 2],
+}
+
+/// Whether a connection is dead, as its beats find out: each is answered by a datagram at least, if only to acknowledge
+/// it. QUIC's own idle timeout is three times as long.
+#[derive(Debug)]
+struct Ear {
+    /// Datagrams that have come.
+    heard: u64,
+    looked: Instant,
+    silent_for: Duration,
+}
+
+impl Ear {
+    fn new(now: Instant) -> Self {
+        Self { heard: 0, looked: now, silent_for: Duration::ZERO }
+    }
+
+    /// Whether, looking after each beat, nothing has come for [`SILENCE_MAX`]. Only time in which this process listened
+    /// counts: one that was stopped for a minute has not heard what waits for it yet.
+    fn is_silent(&mut self, now: Instant, heard: u64) -> bool {
+        let since = now.duration_since(self.looked).min(LISTENED_MAX);
+        self.looked = now;
+        self.silent_for = if heard == self.heard { self.silent_for + since } else { Duration::ZERO };
+        self.heard = heard;
+        self.silent_for >= SILENCE_MAX
+    }
 }
 
 impl Link {
@@ -267,7 +306,12 @@ impl Link {
             tokio::spawn(accept_streams(connection.clone(), events)),
         ];
         let writer = tokio::spawn(write_control(send, sealer, queue));
-        Ok(Self { connection, session, outgoing, writer, readers })
+        Ok(Self { connection, session, ear: Ear::new(Instant::now()), outgoing, writer, readers })
+    }
+
+    /// Whether beats have met nothing but silence for [`SILENCE_MAX`]. To be asked after each.
+    pub(crate) fn is_silent(&mut self) -> bool {
+        self.ear.is_silent(Instant::now(), self.connection.stats().received_datagrams)
     }
 
     /// Queues a control message. A coordinator that does not read ends the connection.
@@ -387,5 +431,49 @@ async fn write_control(mut send: SendStream, mut sealer: Sealer, mut queue: mpsc
     if sealer.finish(&mut out).is_ok() && send.write_record(out.into()).await.is_ok() && send.finish().is_ok() {
         // Whether it arrived makes no difference any more.
         let _ = send.delivered().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BEAT: Duration = Duration::from_millis(250);
+
+    /// How long it takes until a connection is found dead over which nothing comes, with a look every so often.
+    fn found_after(ear: &mut Ear, from: Instant, every: Duration, heard: u64) -> Duration {
+        let mut now = from;
+        while !ear.is_silent(now, heard) {
+            now += every;
+        }
+        now.duration_since(from)
+    }
+
+    #[test]
+    fn a_connection_is_dead_when_nothing_came_for_ten_seconds_of_beating() {
+        let now = Instant::now();
+        assert_eq!(found_after(&mut Ear::new(now), now, BEAT, 1), SILENCE_MAX);
+        assert_eq!(found_after(&mut Ear::new(now), now, Duration::from_secs(1), 1), SILENCE_MAX);
+    }
+
+    #[test]
+    fn any_datagram_is_a_sign_of_life() {
+        let mut now = Instant::now();
+        let mut ear = Ear::new(now);
+        for heard in 0..1000 {
+            now += BEAT;
+            assert!(!ear.is_silent(now, heard / 30));
+        }
+        assert_eq!(found_after(&mut ear, now, BEAT, 1000), SILENCE_MAX);
+    }
+
+    #[test]
+    fn a_process_that_was_stopped_for_a_minute_listens_again_before_it_judges() {
+        let now = Instant::now();
+        let mut ear = Ear::new(now);
+        assert!(!ear.is_silent(now, 1));
+        let woken = now + Duration::from_secs(60);
+        assert!(found_after(&mut ear, woken, BEAT, 1) >= SILENCE_MAX - LISTENED_MAX);
+        assert!(!ear.is_silent(woken + Duration::from_secs(20), 2));
     }
 }

@@ -44,10 +44,16 @@ use crate::transfer::{self, ContentKind, TransferError};
 /// What is reported to the loop and not taken in yet: a few messages of each task.
 const REPORTS_MAX: usize = 256;
 
-/// How often a worker that has taken part says something while it has no open task, when the machine does not beat. A
-/// coordinator that was killed and restarted ends the old connection with its first answer, so it must be asked for one:
-/// QUIC's own keep-alive would take 25 s.
+/// How often a worker says something while the machine does not beat. A coordinator that was killed and restarted ends
+/// the old connection with its first answer, so it must be asked for one: QUIC's own keep-alive would take 25 s.
 const PULSE_EVERY: Duration = Duration::from_secs(1);
+
+/// How long it does so after it came, or last had a task: then the next task may be long in coming, and a large idle fleet
+/// is to cost nothing.
+const PULSE_FOR: Duration = Duration::from_secs(60);
+
+/// What a pulse names before the first task.
+const NO_TASK: TaskId = TaskId(0);
 
 /// How long the coordinator may take to hear that the connection is closed.
 const CLOSE_MAX: Duration = Duration::from_millis(500);
@@ -163,6 +169,10 @@ struct Shell {
     link: Option<Link>,
     /// Counts connections; what an earlier one still says is dropped.
     link_number: u64,
+    /// When there last was something to beat for.
+    busy_at: Instant,
+    /// The coordinator said that it goes away and comes back.
+    going_away: bool,
     /// What was last said about a coordinator that cannot be reached.
     said_unreachable: Option<String>,
     welcome: Option<Box<Welcome>>,
@@ -176,8 +186,8 @@ struct Shell {
     assigned: Option<Box<Assigned>>,
     /// What was made and has no receipt yet, by its hash.
     payloads: BTreeMap<Hash, Bytes>,
-    /// The task for which one was offered last.
-    offered: Option<TaskId>,
+    /// The task for which one was offered last: what a pulse names.
+    offered: TaskId,
     keeper: Keeper,
     receipt_directory: PathBuf,
     receipts: Option<ReceiptLog>,
@@ -225,6 +235,8 @@ impl Shell {
             inbox,
             link: None,
             link_number: 0,
+            busy_at: Instant::now(),
+            going_away: false,
             said_unreachable: None,
             welcome: None,
             rows: None,
@@ -234,7 +246,7 @@ impl Shell {
             work: Work::None,
             assigned: None,
             payloads,
-            offered: None,
+            offered: NO_TASK,
             keeper,
             receipt_directory: state.receipts(),
             receipts: None,
@@ -260,7 +272,7 @@ impl Shell {
                 // The loop holds a sender itself, so the channel never closes.
                 Some(happening) = self.inbox.recv() => happening,
                 () = tokio::time::sleep(wait.unwrap_or_default()), if wait.is_some() => Happening::Tick,
-                () = tokio::time::sleep(PULSE_EVERY), if self.last_task().is_some() => Happening::Pulse,
+                () = tokio::time::sleep(PULSE_EVERY), if self.has_pulse() => Happening::Pulse,
             };
             stopping |= matches!(happening, Happening::Stop);
             self.take_in(happening)?;
@@ -296,7 +308,10 @@ impl Shell {
             Act::Connect => self.connect(),
             Act::Disconnect => self.disconnect(),
             Act::Send(message) => self.send(message),
-            Act::Beat { task } => self.beat(task),
+            Act::Beat { task } => {
+                self.busy_at = Instant::now();
+                self.beat(task);
+            }
             Act::Consider(welcome) => self.trainer.consider(welcome),
             Act::Work(assigned) => self.begin(assigned),
             Act::Cancel => self.cancel(),
@@ -347,6 +362,18 @@ impl Shell {
             Work::None | Work::Waiting(_) => 0,
         };
         self.send(FromWorker::Beat { task, steps });
+        if self.link.as_mut().is_some_and(Link::is_silent) {
+            self.hang_up();
+        }
+    }
+
+    /// Gives up a connection over which nothing comes: the coordinator may be found elsewhere.
+    fn hang_up(&mut self) {
+        let Some(link) = self.link.take() else { return };
+        let error = LinkEnd::Silent.to_string();
+        link.connection.close(CloseCode::TimedOut, &error);
+        self.report.say(&Line::Disconnected { error });
+        self.lost();
     }
 
     fn begin(&mut self, assigned: Box<Assigned>) {
@@ -376,7 +403,7 @@ impl Shell {
         let manifest = manifest(WorkerId(self.enroller.keys.identity.id()), task, key, made);
         let Some(payload) = self.payloads.get_mut(&made.hash) else { return };
         let (manifest, signed) = sign_offer(&self.enroller.keys, &self.hooks, manifest, payload);
-        self.offered = Some(task);
+        self.offered = task;
         self.send(FromWorker::Offer(signed));
         if made.bytes > 0 && made.bytes <= PAYLOAD_AT_ONCE_BYTES_MAX {
             self.upload(Upload { task: manifest.task, hash: manifest.hash, from: 0 }, made.hash);
@@ -434,11 +461,7 @@ impl Shell {
             Happening::Link(..) | Happening::Announced(..) | Happening::Downloaded(..) | Happening::Spoiled(..) => {}
             Happening::Trainer(report) => self.take_in_trainer(report)?,
             Happening::Tick => self.tell(Input::Tick),
-            Happening::Pulse => {
-                if let Some(task) = self.last_task() {
-                    self.beat(task);
-                }
-            }
+            Happening::Pulse => self.beat(self.offered),
             Happening::Stop => self.tell(Input::Stop),
         }
         Ok(())
@@ -447,6 +470,7 @@ impl Shell {
     fn connected(&mut self, link: Link, enrolment: Enrolment) {
         self.enrolment = enrolment;
         self.link = Some(link);
+        self.busy_at = Instant::now();
         self.tell(Input::Connected);
     }
 
@@ -457,7 +481,10 @@ impl Shell {
         if let LinkError::Refused(_) = error {
             return Err(WorkerError::Link(error));
         }
-        let told = error.to_string();
+        let told = match self.going_away && error.is_refusal() {
+            true => "it is going away".to_owned(),
+            false => error.to_string(),
+        };
         if self.said_unreachable.as_ref() != Some(&told) {
             let addresses = self.enrolment.addresses.clone();
             self.report.say(&Line::Unreachable { addresses, error: told.clone() });
@@ -485,6 +512,7 @@ impl Shell {
                 self.welcome = Some(welcome.clone());
             }
             ToWorker::Assigned(assigned) => self.assigned = Some(assigned.clone()),
+            ToWorker::GoingAway => self.going_away = true,
             ToWorker::Receipt(signed) => self.receipted(signed)?,
             ToWorker::Refused { task, refusal } => {
                 self.report.say(&Line::Refused { task: *task, reason: refusal.to_string() });
@@ -566,6 +594,7 @@ impl Shell {
         if let Some(error) = for_good(code, || end.to_string()) {
             return Err(error);
         }
+        self.going_away |= code == Some(CloseCode::GoingAway);
         if self.link.take().is_some() {
             self.report.say(&Line::Disconnected { error: end.to_string() });
             self.lost();
@@ -632,7 +661,7 @@ impl Shell {
     }
 
     fn say_joined(&mut self) {
-        self.said_unreachable = None;
+        (self.said_unreachable, self.going_away) = (None, false);
         let (Some(welcome), Some(rows)) = (&self.welcome, self.rows) else { return };
         self.report.say(&Line::Joined {
             name: welcome.name.clone(),
@@ -657,10 +686,10 @@ impl Shell {
         });
     }
 
-    /// The task that was done last, while there is no other: what a pulse names.
-    fn last_task(&self) -> Option<TaskId> {
+    /// Whether it says something from time to time though the machine has nothing to beat for.
+    fn has_pulse(&self) -> bool {
         let idle = self.link.is_some() && matches!(self.work, Work::None);
-        self.offered.filter(|_| idle)
+        idle && self.busy_at.elapsed() < PULSE_FOR
     }
 
     // --- the end ---

@@ -4,9 +4,11 @@
 mod stage;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use protocol::ids::{Hash, TaskId};
-use protocol::limits::MODEL_BYTES_MAX;
+use protocol::invitation::Invitation;
+use protocol::limits::{MODEL_BYTES_MAX, SILENCE_MAX};
 use protocol::messages::{EnrolAnswer, EnrolRefusal, FromWorker, Leave, Manifest, Refusal, TaskKind, ToWorker, Upload};
 use protocol::plan::Mode;
 use stage::{Stage, plan};
@@ -107,6 +109,53 @@ async fn a_worker_waits_for_a_coordinator_that_is_not_there_yet() {
     invitation.addresses = vec!["127.0.0.1:9".to_owned()];
     let worker = stage.start(|options| options.join = Some(invitation));
     stage.wait_for(|line| matches!(line, Line::Unreachable { .. })).await;
+    stage.stop();
+    assert_eq!(worker.await.unwrap().unwrap(), Outcome::Stopped);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_coordinator_that_moved_is_found_once_the_old_place_was_silent_for_ten_seconds() {
+    let stage = Stage::new();
+    let old = stage.relay().await;
+    let invite = |address: &str| {
+        let invitation = Invitation { addresses: vec![address.to_owned()], ..stage.invitation() };
+        std::fs::write(stage.default_join(), invitation.to_string()).unwrap();
+    };
+    invite(&old.address);
+    let worker = stage.start(|options| options.join = None);
+    stage.enrol().await;
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let frozen = peer.survey(SURVEY).await;
+    peer.assign_update(UPDATE, &frozen).await;
+    let (first, _) = peer.take_offer().await;
+    let new = stage.relay().await;
+    invite(&new.address);
+    old.cut().await;
+    let cut = Instant::now();
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let took = cut.elapsed();
+    assert!(SILENCE_MAX <= took && took < SILENCE_MAX + Duration::from_secs(2), "{took:?}");
+    let (second, _) = peer.take_offer().await;
+    assert_eq!(second, first);
+    let is_silent = |line: &Line| matches!(line, Line::Disconnected { error } if error.contains("nothing was heard"));
+    assert!(stage.lines().iter().any(is_silent), "{:?}", stage.lines());
+    peer.finish().await;
+    worker.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_coordinator_that_is_being_shut_down_is_not_taken_for_a_full_one() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let _peer = stage.join(plan(Mode::Federated)).await;
+    stage.go_away();
+    stage.wait_for(|line| matches!(line, Line::Unreachable { .. })).await;
+    let said: Vec<String> = stage.lines().iter().map(ToString::to_string).collect();
+    assert!(
+        said.last().is_some_and(|line| line.ends_with("(it is going away); trying again until there is")),
+        "{said:?}"
+    );
     stage.stop();
     assert_eq!(worker.await.unwrap().unwrap(), Outcome::Stopped);
 }

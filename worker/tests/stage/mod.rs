@@ -23,6 +23,7 @@ use protocol::session::sign::{MANIFEST_CONTEXT, RECEIPT_CONTEXT, sign, verify};
 use protocol::session::{
     Established, Flag, MessageAssembler, Opener, Responder, Sealer, Session, StaticSecret, prologue,
 };
+use tokio::net::UdpSocket;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use transport::{
@@ -104,6 +105,19 @@ impl Stage {
             expires_unix_s: None,
             loopback_only: false,
         }
+    }
+
+    /// Shuts the coordinator down in order: its connections are told, and nobody is let in any more.
+    pub(crate) fn go_away(&self) {
+        self.server.close(CloseCode::GoingAway, "");
+    }
+
+    /// An address of its own that leads to the coordinator, until it is cut.
+    pub(crate) async fn relay(&self) -> Relay {
+        let front = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let back = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        back.connect(self.server.local_address().unwrap()).await.unwrap();
+        Relay { address: front.local_addr().unwrap().to_string(), task: tokio::spawn(pass_on(front, back)) }
     }
 
     pub(crate) fn default_join(&self) -> PathBuf {
@@ -267,6 +281,36 @@ impl Stage {
         let mut peer = self.welcome(learning).await;
         assert_eq!(peer.hear().await, Some(FromWorker::Ready));
         peer
+    }
+}
+
+/// The way of one worker to the coordinator.
+pub(crate) struct Relay {
+    pub(crate) address: String,
+    task: JoinHandle<()>,
+}
+
+impl Relay {
+    /// From now on nothing passes, and nobody is told.
+    pub(crate) async fn cut(self) {
+        self.task.abort();
+        assert!(self.task.await.unwrap_err().is_cancelled());
+    }
+}
+
+async fn pass_on(front: UdpSocket, back: UdpSocket) {
+    let (mut there, mut here) = ([0; 65_536], [0; 65_536]);
+    let mut worker = None;
+    loop {
+        tokio::select! {
+            Ok((length, from)) = front.recv_from(&mut there) => {
+                worker = Some(from);
+                back.send(&there[..length]).await.unwrap();
+            }
+            Ok(length) = back.recv(&mut here) => {
+                front.send_to(&here[..length], worker.unwrap()).await.unwrap();
+            }
+        }
     }
 }
 
