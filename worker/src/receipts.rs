@@ -199,11 +199,15 @@ impl OpenLog {
         Ok(Self { path, file: Arc::new(file), bytes })
     }
 
-    /// Appends all of it or, as far as the disk allows, nothing: what a full disk took of it is cut off first.
+    /// Appends all of it or nothing.
     fn append(&mut self, lines: &[u8]) -> Result<(), FileError> {
         let mut file = &*self.file;
         let written = file.set_len(self.bytes).and_then(|()| file.write_all(lines));
-        written.map_err(|e| FileError::new(&self.path, "write", e))?;
+        if let Err(error) = written {
+            // What a full disk took of it; if even that fails, the next line cuts it off.
+            let _ = file.set_len(self.bytes);
+            return Err(FileError::new(&self.path, "write", error));
+        }
         self.bytes += lines.len() as u64;
         Ok(())
     }

@@ -19,7 +19,7 @@ use bytes::Bytes;
 use learning::Table;
 use protocol::evaluation::summarise;
 use protocol::ids::{ContentId, Hash, Instance, TaskId, Time, WorkerId};
-use protocol::limits::PAYLOAD_AT_ONCE_BYTES_MAX;
+use protocol::limits::{BEAT_EVERY, PAYLOAD_AT_ONCE_BYTES_MAX};
 use protocol::member::{Act, Ending, Event, Input, Kept, Made, Member, Notice, Output, WorkKey};
 use protocol::messages::{
     Assigned, ContentRef, Encoding, FromWorker, Manifest, Receipt, Signed, ToWorker, Upload, Welcome, encode, printable,
@@ -44,13 +44,11 @@ use crate::transfer::{self, ContentKind, TransferError};
 /// What is reported to the loop and not taken in yet: a few messages of each task.
 const REPORTS_MAX: usize = 256;
 
-/// How often a worker says something while the machine does not beat. A coordinator that was killed and restarted ends
-/// the old connection with its first answer, so it must be asked for one: QUIC's own keep-alive would take 25 s.
-const PULSE_EVERY: Duration = Duration::from_secs(1);
-
-/// How long it does so after it came, or last had a task: then the next task may be long in coming, and a large idle fleet
-/// is to cost nothing.
-const PULSE_FOR: Duration = Duration::from_secs(60);
+/// How often a worker says something while the machine does not beat, and for how long after it came or last had a task.
+/// A coordinator that was killed and restarted ends the old connection with its first answer, so it must be asked for
+/// one; QUIC's own keep-alive, which is all that a worker without work costs in the end, would take 25 s.
+const PULSES: [(Duration, Duration); 2] =
+    [(BEAT_EVERY, Duration::from_secs(10)), (Duration::from_secs(1), Duration::from_secs(60))];
 
 /// What a pulse names before the first task.
 const NO_TASK: TaskId = TaskId(0);
@@ -173,7 +171,7 @@ struct Shell {
     busy_at: Instant,
     /// The coordinator said that it goes away and comes back.
     going_away: bool,
-    /// What was last said about a coordinator that cannot be reached.
+    /// What was last said about a coordinator that cannot be reached, or that lets nobody in.
     said_unreachable: Option<String>,
     welcome: Option<Box<Welcome>>,
     rows: Option<RowCounts>,
@@ -266,13 +264,14 @@ impl Shell {
             if let Some(assigned) = self.assigned.take() {
                 self.contents.settle(&assigned);
             }
+            let pulse = self.pulse();
             let happening = tokio::select! {
                 biased;
                 () = &mut shutdown, if !stopping => Happening::Stop,
                 // The loop holds a sender itself, so the channel never closes.
                 Some(happening) = self.inbox.recv() => happening,
                 () = tokio::time::sleep(wait.unwrap_or_default()), if wait.is_some() => Happening::Tick,
-                () = tokio::time::sleep(PULSE_EVERY), if self.has_pulse() => Happening::Pulse,
+                () = tokio::time::sleep(pulse.unwrap_or_default()), if pulse.is_some() => Happening::Pulse,
             };
             stopping |= matches!(happening, Happening::Stop);
             self.take_in(happening)?;
@@ -370,9 +369,8 @@ impl Shell {
     /// Gives up a connection over which nothing comes: the coordinator may be found elsewhere.
     fn hang_up(&mut self) {
         let Some(link) = self.link.take() else { return };
-        let error = LinkEnd::Silent.to_string();
-        link.connection.close(CloseCode::TimedOut, &error);
-        self.report.say(&Line::Disconnected { error });
+        link.connection.close(CloseCode::TimedOut, &LinkEnd::Silent.to_string());
+        self.say_disconnected(&LinkEnd::Silent);
         self.lost();
     }
 
@@ -596,7 +594,7 @@ impl Shell {
         }
         self.going_away |= code == Some(CloseCode::GoingAway);
         if self.link.take().is_some() {
-            self.report.say(&Line::Disconnected { error: end.to_string() });
+            self.say_disconnected(end);
             self.lost();
         }
         Ok(())
@@ -660,6 +658,14 @@ impl Shell {
         }
     }
 
+    /// Said once, until it is in again: a coordinator that is being shut down may end many connections.
+    fn say_disconnected(&mut self, end: &LinkEnd) {
+        let error = end.to_string();
+        if self.said_unreachable.replace(error.clone()).as_ref() != Some(&error) {
+            self.report.say(&Line::Disconnected { error });
+        }
+    }
+
     fn say_joined(&mut self) {
         (self.said_unreachable, self.going_away) = (None, false);
         let (Some(welcome), Some(rows)) = (&self.welcome, self.rows) else { return };
@@ -686,10 +692,11 @@ impl Shell {
         });
     }
 
-    /// Whether it says something from time to time though the machine has nothing to beat for.
-    fn has_pulse(&self) -> bool {
+    /// After how long it says something though the machine has nothing to beat for.
+    fn pulse(&self) -> Option<Duration> {
         let idle = self.link.is_some() && matches!(self.work, Work::None);
-        idle && self.busy_at.elapsed() < PULSE_FOR
+        let since = self.busy_at.elapsed();
+        PULSES.iter().find(|(_, until)| idle && since < *until).map(|(every, _)| *every)
     }
 
     // --- the end ---
