@@ -264,7 +264,7 @@ impl Door {
         let prologue = read_hello(&mut send, &mut receive, Role::Worker, &accepted.exporter).await?;
         let message = read_handshake(&mut receive).await?;
         let (responder, _) = Responder::read(&prologue, self.identity.session.secret(), &message)?;
-        let worker = self.entry(WorkerId(certified.id), &certified.public, responder.remote_static()).await?;
+        let worker = self.entry(WorkerId(certified.id), &certified.public, responder.remote_static())?;
         let (answer, established) = responder.reply(ephemeral()?, &[])?;
         send.write_frame(&Frame::Handshake(answer.into())).await?;
         let (session, sealer, opener) = Session::begin(established);
@@ -278,9 +278,11 @@ impl Door {
     }
 
     /// The registry entry that certificate and session key belong to, both.
-    async fn entry(&self, id: WorkerId, public: &[u8; 32], x25519: &[u8; 32]) -> Result<Worker, GreetingError> {
-        let found = self.registrar.worker(id).await.map_err(|error| GreetingError::Ours(error.to_string()))?;
-        let worker = found.ok_or(GreetingError::Identity("it is not in the registry; join with an invitation"))?;
+    fn entry(&self, id: WorkerId, public: &[u8; 32], x25519: &[u8; 32]) -> Result<Worker, GreetingError> {
+        let worker = self
+            .registrar
+            .worker(id)
+            .ok_or(GreetingError::Identity("it is not in the registry; join with an invitation"))?;
         let key_hash: [u8; 32] = Sha256::digest(public).into();
         if worker.revoked {
             return Err(GreetingError::Revoked);

@@ -4,10 +4,11 @@
 //! [`RegistrarHandle`] and ask. An invitation is made here too: the registry remembers its token's hash before the
 //! text leaves.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use certs::{Ca, CertError, CertificateDer, IdentityKey, KeyError, KeyFileError, SessionKey, keys};
@@ -247,24 +248,37 @@ impl Registrar {
     pub fn spawn(mut self) -> std::io::Result<RegistrarHandle> {
         let (questions, mut queue) = mpsc::channel::<Question>(QUESTIONS_MAX);
         let enrolled = Arc::new(AtomicUsize::new(self.enrolled()));
-        let count = Arc::clone(&enrolled);
+        let known = Known::default();
+        self.registry.workers().for_each(|worker| known.note(worker));
+        let (count, notes) = (Arc::clone(&enrolled), known.clone());
         std::thread::Builder::new().name("registrar".to_owned()).spawn(move || {
             while let Some(question) = queue.blocking_recv() {
-                self.answer(question);
+                self.answer(question, &notes);
                 count.store(self.enrolled(), Ordering::Relaxed);
             }
         })?;
-        Ok(RegistrarHandle { questions, enrolled })
+        Ok(RegistrarHandle { questions, enrolled, known })
     }
 
     /// Whoever asked may be gone by now; what was decided stays.
-    fn answer(&mut self, question: Question) {
+    fn answer(&mut self, question: Question, known: &Known) {
         match question {
-            Question::Enrol(applicant, reply) => drop(reply.send(self.enrol(&applicant))),
-            Question::Worker(id, reply) => drop(reply.send(self.registry.worker(&id).cloned())),
+            Question::Enrol(applicant, reply) => {
+                let answer = self.enrol(&applicant);
+                // Whoever is told that it is enrolled comes at once.
+                self.registry
+                    .workers()
+                    .filter(|w| w.ed25519.0 == applicant.request.ed25519)
+                    .for_each(|w| known.note(w));
+                drop(reply.send(answer));
+            }
             Question::Workers(reply) => drop(reply.send(self.workers())),
             Question::Invite(wish, listen, reply) => drop(reply.send(self.invite(&wish, Some(listen)))),
-            Question::Revoke(name, reply) => drop(reply.send(self.revoke(&name))),
+            Question::Revoke(name, reply) => {
+                let revoked = self.revoke(&name);
+                revoked.iter().for_each(|worker| known.note(worker));
+                drop(reply.send(revoked));
+            }
             Question::Certificate(reply) => drop(reply.send(self.certificate())),
         }
     }
@@ -273,11 +287,20 @@ impl Registrar {
 #[derive(Debug)]
 enum Question {
     Enrol(Box<Applicant>, oneshot::Sender<Result<EnrolAnswer, RegistrarError>>),
-    Worker(WorkerId, oneshot::Sender<Option<Worker>>),
     Workers(oneshot::Sender<Vec<Worker>>),
     Invite(InvitationWish, SocketAddr, oneshot::Sender<Result<Invitation, RegistrarError>>),
     Revoke(String, oneshot::Sender<Result<Worker, RegistrarError>>),
     Certificate(oneshot::Sender<Result<CertificateDer<'static>, RegistrarError>>),
+}
+
+/// The workers as they were last made durable, to be looked up while the registrar waits for the disk.
+#[derive(Clone, Debug, Default)]
+struct Known(Arc<RwLock<BTreeMap<WorkerId, Worker>>>);
+
+impl Known {
+    fn note(&self, worker: &Worker) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(worker.id, worker.clone());
+    }
 }
 
 /// How others ask the registrar. It ends when the last handle is dropped.
@@ -285,6 +308,7 @@ enum Question {
 pub struct RegistrarHandle {
     questions: mpsc::Sender<Question>,
     enrolled: Arc<AtomicUsize>,
+    known: Known,
 }
 
 impl RegistrarHandle {
@@ -316,12 +340,10 @@ impl RegistrarHandle {
         self.ask(|reply| Question::Enrol(Box::new(applicant), reply)).await?
     }
 
-    /// The worker with this id.
-    ///
-    /// # Errors
-    /// If the registrar is gone.
-    pub async fn worker(&self, id: WorkerId) -> Result<Option<Worker>, RegistrarError> {
-        self.ask(|reply| Question::Worker(id, reply)).await
+    /// The worker with this id. A worker that comes back does not wait for another's enrolment to be durable.
+    #[must_use]
+    pub fn worker(&self, id: WorkerId) -> Option<Worker> {
+        self.known.0.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
     }
 
     /// The workers, by name.
@@ -448,6 +470,25 @@ mod tests {
         let registrar = Registrar::open(&state).unwrap();
         assert_eq!(registrar.workers().len(), 1);
         assert_eq!(registrar.workers()[0].id.0, key.id());
+    }
+
+    #[tokio::test]
+    async fn a_worker_can_be_looked_up_as_soon_as_it_is_told_of_its_enrolment_or_its_revocation() {
+        let (_home, state, mut registrar) = registrar();
+        let wish = InvitationWish { addresses: vec!["h".into()], uses: 0, expires: None };
+        let token = registrar.invite(&wish, None).unwrap().token;
+        let (earlier, later) = (IdentityKey::generate().unwrap(), IdentityKey::generate().unwrap());
+        registrar.enrol(&applicant(token, earlier.public())).unwrap();
+        drop(registrar);
+        let handle = Registrar::open(&state).unwrap().spawn().unwrap();
+        assert!(handle.worker(WorkerId(earlier.id())).is_some_and(|worker| !worker.revoked));
+        assert_eq!(handle.worker(WorkerId(later.id())), None);
+        let EnrolAnswer::Granted { name, .. } = handle.enrol(applicant(token, later.public())).await.unwrap() else {
+            panic!("refused")
+        };
+        assert!(handle.worker(WorkerId(later.id())).is_some_and(|worker| worker.name == name));
+        handle.revoke(name.to_string()).await.unwrap();
+        assert!(handle.worker(WorkerId(later.id())).unwrap().revoked);
     }
 
     #[test]
