@@ -18,8 +18,10 @@ use protocol::messages::{EnrolAnswer, EnrolRefusal};
 use protocol::sum::Ring;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::registry::{Applicant, NoSuchWorker, Registry, Worker};
+use crate::registry::{Applicant, Fact, NoSuchWorker, Registry, RegistryJournal, Worker};
 use crate::state::{StateDir, StateError, read_small, write_durably};
+use crate::store::StoreError;
+use crate::store::disk::{Disk, RealDisk};
 
 /// Questions that may wait for the registrar.
 const QUESTIONS_MAX: usize = 256;
@@ -43,6 +45,8 @@ pub struct Identity {
 pub struct Registrar {
     ca: Ca,
     registry: Registry,
+    journal: RegistryJournal,
+    /// The state directory.
     path: PathBuf,
     identity: Identity,
 }
@@ -53,6 +57,14 @@ pub enum RegistrarError {
     /// The state cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The registry cannot be read, or nothing can be kept in it.
+    #[error("{}: {source}", path.display())]
+    Registry {
+        /// The state directory.
+        path: PathBuf,
+        /// Why.
+        source: StoreError,
+    },
     /// A key cannot be used.
     #[error(transparent)]
     Key(#[from] KeyFileError),
@@ -99,14 +111,24 @@ impl Registrar {
     /// # Errors
     /// If something there cannot be used.
     pub fn open(state: &StateDir) -> Result<Self, RegistrarError> {
+        let disk = RealDisk::new(state.path()).map_err(StateError::io(state.path(), "open"))?;
+        Self::open_on(state, Box::new(disk))
+    }
+
+    fn open_on(state: &StateDir, disk: Box<dyn Disk>) -> Result<Self, RegistrarError> {
         let ca = Ca::load_or_create(state.path(), SystemTime::now())?;
         let identity = Identity {
             session: keys::load_or_create(&state.file("session.key"))?,
             signing: keys::load_or_create(&state.file("signing.key"))?,
             ca_sha256: ca.fingerprint(),
         };
-        let path = state.file("registry");
-        Ok(Self { ca, registry: Registry::load(&path)?, path, identity })
+        let path = state.path().to_owned();
+        let unusable = |source| RegistrarError::Registry { path: path.clone(), source };
+        let (journal, registry, torn) = RegistryJournal::open(disk).map_err(unusable)?;
+        if let Some(torn) = torn {
+            tracing::warn!("{}: {torn}", path.display());
+        }
+        Ok(Self { ca, registry, journal, path, identity })
     }
 
     /// What the coordinator is known by.
@@ -135,9 +157,8 @@ impl Registrar {
     /// If it cannot be kept or no certificate can be made: then nothing was decided.
     pub fn enrol(&mut self, applicant: &Applicant) -> Result<EnrolAnswer, RegistrarError> {
         let now = SystemTime::now();
-        let mut changed = self.registry.clone();
-        let worker = match changed.enrol(applicant, Ring::weighted().weight_max) {
-            Ok(worker) => worker,
+        let (worker, fact) = match self.registry.enrol(applicant, Ring::weighted().weight_max) {
+            Ok(decided) => decided,
             Err(refusal) => return Ok(EnrolAnswer::Refused(refusal)),
         };
         let certificate = match self.ca.issue_worker(&applicant.request.ed25519, now) {
@@ -145,7 +166,7 @@ impl Registrar {
             Err(CertError::WeakKey) => return Ok(EnrolAnswer::Refused(EnrolRefusal::BadKey)),
             Err(error) => return Err(error.into()),
         };
-        self.keep(changed)?;
+        self.keep(fact)?;
         let expires_unix_s = unix_s(now) + certs::CERTIFICATE_DAYS * 86_400;
         Ok(EnrolAnswer::Granted { name: worker.name, certificate: certificate.to_vec(), expires_unix_s })
     }
@@ -160,9 +181,7 @@ impl Registrar {
         getrandom::fill(&mut token)?;
         let now = unix_s(SystemTime::now());
         let expires_unix_s = wish.expires.map(|length| now.saturating_add(length.as_secs()));
-        let mut changed = self.registry.clone();
-        changed.invite(&token, wish.uses, expires_unix_s, now);
-        self.keep(changed)?;
+        self.keep(Some(self.registry.invite(&token, wish.uses, expires_unix_s, now)))?;
         Ok(self.invitation(addresses, token, wish.uses, expires_unix_s, false))
     }
 
@@ -179,11 +198,7 @@ impl Registrar {
                 token
             }
         };
-        let mut changed = self.registry.clone();
-        changed.invite_locally(&token);
-        if changed != self.registry {
-            self.keep(changed)?;
-        }
+        self.keep(self.registry.invite_locally(&token, unix_s(SystemTime::now())))?;
         Ok(self.invitation(local_addresses(listen), token, 0, None, true))
     }
 
@@ -192,9 +207,8 @@ impl Registrar {
     /// # Errors
     /// If there is no such worker, or it cannot be kept.
     pub fn revoke(&mut self, name: &str) -> Result<Worker, RegistrarError> {
-        let mut changed = self.registry.clone();
-        let worker = changed.revoke(name)?;
-        self.keep(changed)?;
+        let (worker, fact) = self.registry.revoke(name)?;
+        self.keep(fact)?;
         Ok(worker)
     }
 
@@ -210,9 +224,13 @@ impl Registrar {
         self.registry.workers().filter(|worker| !worker.revoked).count()
     }
 
-    fn keep(&mut self, changed: Registry) -> Result<(), StateError> {
-        changed.save(&self.path)?;
-        self.registry = changed;
+    /// What is not durable has not happened.
+    fn keep(&mut self, fact: Option<Fact>) -> Result<(), RegistrarError> {
+        if let Some(fact) = fact {
+            let unkept = |source| RegistrarError::Registry { path: self.path.clone(), source };
+            self.journal.keep(&fact).map_err(unkept)?;
+            self.registry.apply(&fact);
+        }
         Ok(())
     }
 
@@ -438,6 +456,7 @@ pub fn is_local(peer: IpAddr, listen: IpAddr) -> bool {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::store::testing::TestDisk;
     use protocol::messages::EnrolRequest;
 
     fn registrar() -> (tempfile::TempDir, StateDir, Registrar) {
@@ -489,6 +508,25 @@ mod tests {
         assert!(handle.worker(WorkerId(later.id())).is_some_and(|worker| worker.name == name));
         handle.revoke(name.to_string()).await.unwrap();
         assert!(handle.worker(WorkerId(later.id())).unwrap().revoked);
+    }
+
+    #[test]
+    fn a_full_disk_refuses_an_enrolment_and_takes_it_when_there_is_room() {
+        let (_home, state, registrar) = registrar();
+        drop(registrar);
+        let disk = TestDisk::default();
+        let mut registrar = Registrar::open_on(&state, Box::new(disk.clone())).unwrap();
+        let wish = InvitationWish { addresses: vec!["h".into()], uses: 1, expires: None };
+        let token = registrar.invite(&wish, None).unwrap().token;
+        let key = IdentityKey::generate().unwrap();
+        disk.room(50);
+        let refused = registrar.enrol(&applicant(token, key.public())).unwrap_err().to_string();
+        assert!(refused.contains("registry-journal-000001: the disk is full; make room"), "{refused}");
+        assert_eq!(registrar.workers().len(), 0);
+        disk.room(u64::MAX);
+        assert!(matches!(registrar.enrol(&applicant(token, key.public())).unwrap(), EnrolAnswer::Granted { .. }));
+        drop(registrar);
+        assert_eq!(Registrar::open_on(&state, Box::new(disk)).unwrap().workers().len(), 1);
     }
 
     #[test]

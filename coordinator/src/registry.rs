@@ -1,26 +1,28 @@
 //! Who belongs to the fleet: its workers, and the invitations that let new ones in.
 //!
-//! A [`Registry`] is a value; whoever changed it [saves](Registry::save) it before anybody hears of the change. A
-//! token is kept as its hash, together with the keys that it was spent on: so a worker that asks again with the same
-//! keys, after a crash on either side, gets the same answer, whatever became of the invitation since.
+//! A [`Registry`] is a value, rebuilt by a replay of [`Fact`]s; a [`RegistryJournal`] keeps them in the state directory,
+//! each of them durable before anybody hears of it. A token is kept as its hash, together with the keys that it was
+//! spent on: so a worker that asks again with the same keys, after a crash on either side, gets the same answer,
+//! whatever became of the invitation since.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
-use protocol::ids::{Hash, WorkerId, WorkerName};
+use protocol::ids::{Hash, RunId, WorkerId, WorkerName};
 use protocol::limits::WORKERS_MAX;
 use protocol::messages::{EnrolRefusal, EnrolRequest};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::state::{StateError, read_small, write_durably};
+use crate::store::disk::Disk;
+use crate::store::journal::{FACT, Journal, Record, Scope};
+use crate::store::{StoreError, unix_ms};
 
 /// The most invitations that are remembered; over it, the oldest that have expired are forgotten first. The one for
 /// workers on this machine never is.
 pub const INVITATIONS_MAX: usize = 10_000;
 
-/// The version of the file.
-const VERSION: u32 = 1;
+/// Whose the registry's journal is: the whole state directory's.
+pub const SCOPE: Scope = Scope { prefix: "registry-journal-", run: RunId([0; 16]), plan: Some(Hash([0; 32])) };
 
 /// One worker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,13 +63,47 @@ pub struct Registry {
     invitations: Vec<Issued>,
 }
 
-/// The file.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Stored {
-    version: u32,
-    workers: Vec<Worker>,
-    invitations: Vec<Issued>,
+/// What changes the registry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fact {
+    /// An invitation was given out.
+    Invited {
+        /// The hash of its token.
+        token_hash: Hash,
+        /// How many workers it lets in; 0 for as many as come.
+        uses: u32,
+        /// Until when.
+        expires_unix_s: Option<u64>,
+        /// Whether it is the one for workers on this machine.
+        loopback_only: bool,
+        /// When it was given out.
+        now_unix_s: u64,
+    },
+    /// A worker was let in.
+    Enrolled {
+        /// Who, and by which keys.
+        worker: Worker,
+        /// The hash of the token that it spent.
+        token_hash: Hash,
+    },
+    /// A worker was shut out, for ever.
+    Revoked {
+        /// Who.
+        id: WorkerId,
+    },
+}
+
+impl Fact {
+    /// The fact of a record; none if it is of a kind that came later.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn of(record: &Record) -> Result<Option<Self>, String> {
+        if record.kind != FACT {
+            return Ok(None);
+        }
+        protocol::messages::decode(&record.payload).map(Some).map_err(|error| format!("a fact cannot be read: {error}"))
+    }
 }
 
 /// What somebody who wants to be enrolled has shown.
@@ -92,30 +128,33 @@ pub struct NoSuchWorker {
 }
 
 impl Registry {
-    /// Reads the file, or starts empty if there is none.
-    ///
-    /// # Errors
-    /// If it cannot be read, or is not a registry.
-    pub fn load(path: &Path) -> Result<Self, StateError> {
-        let Some(bytes) = read_small(path)? else { return Ok(Self::default()) };
-        let stored: Stored = serde_json::from_slice(&bytes).map_err(|error| StateError::damaged(path, error))?;
-        if stored.version != VERSION {
-            return Err(StateError::damaged(path, format!("version {}, expected {VERSION}", stored.version)));
+    /// The only mutation: a replay of the facts gives the same registry.
+    pub fn apply(&mut self, fact: &Fact) {
+        match fact {
+            Fact::Invited { token_hash, uses, expires_unix_s, loopback_only, now_unix_s } => {
+                match loopback_only {
+                    true => self.invitations.retain(|issued| !issued.loopback_only),
+                    false => self.forget_expired(*now_unix_s),
+                }
+                let (uses, expires_unix_s, loopback_only) = (*uses, *expires_unix_s, *loopback_only);
+                let spent_by = Vec::new();
+                self.invitations.push(Issued {
+                    token_hash: *token_hash,
+                    uses,
+                    expires_unix_s,
+                    loopback_only,
+                    spent_by,
+                });
+            }
+            Fact::Enrolled { worker, token_hash } => {
+                let issued = self.invitations.iter_mut().find(|issued| issued.token_hash == *token_hash);
+                issued.into_iter().for_each(|issued| issued.spent_by.push(worker.id));
+                self.workers.insert(worker.id, worker.clone());
+            }
+            Fact::Revoked { id } => {
+                self.workers.get_mut(id).into_iter().for_each(|worker| worker.revoked = true);
+            }
         }
-        let workers = stored.workers.into_iter().map(|worker| (worker.id, worker)).collect();
-        Ok(Self { workers, invitations: stored.invitations })
-    }
-
-    /// Writes the file; it is durable when this returns.
-    ///
-    /// # Errors
-    /// If it cannot be written.
-    pub fn save(&self, path: &Path) -> Result<(), StateError> {
-        let workers = self.workers.values().cloned().collect();
-        let stored = Stored { version: VERSION, workers, invitations: self.invitations.clone() };
-        let mut bytes = serde_json::to_vec_pretty(&stored).map_err(|error| StateError::damaged(path, error))?;
-        bytes.push(b'\n');
-        write_durably(path, &bytes)
     }
 
     /// The workers, by id.
@@ -129,54 +168,51 @@ impl Registry {
         self.workers.get(id)
     }
 
-    /// Remembers an invitation by its token.
-    pub fn invite(&mut self, token: &[u8; 16], uses: u32, expires_unix_s: Option<u64>, now_unix_s: u64) {
-        self.forget_expired(now_unix_s);
+    /// An invitation, by its token.
+    #[must_use]
+    pub fn invite(&self, token: &[u8; 16], uses: u32, expires_unix_s: Option<u64>, now_unix_s: u64) -> Fact {
         let token_hash = token_hash(token);
-        self.invitations.push(Issued { token_hash, uses, expires_unix_s, loopback_only: false, spent_by: Vec::new() });
+        Fact::Invited { token_hash, uses, expires_unix_s, loopback_only: false, now_unix_s }
     }
 
-    /// Remembers the reusable invitation for workers on this machine. One that was there before stays good, if it
-    /// has the same token, and ends otherwise.
-    pub fn invite_locally(&mut self, token: &[u8; 16]) {
+    /// The reusable invitation for workers on this machine. One that was there before stays good, and nothing changes,
+    /// if it has the same token; otherwise it ends.
+    #[must_use]
+    pub fn invite_locally(&self, token: &[u8; 16], now_unix_s: u64) -> Option<Fact> {
         let token_hash = token_hash(token);
-        self.invitations.retain(|issued| !issued.loopback_only || issued.token_hash == token_hash);
-        if self.find(token).is_none() {
-            let unbounded = Issued { token_hash, uses: 0, expires_unix_s: None, loopback_only: true, spent_by: vec![] };
-            self.invitations.push(unbounded);
-        }
+        let fact = Fact::Invited { token_hash, uses: 0, expires_unix_s: None, loopback_only: true, now_unix_s };
+        self.find(token).is_none().then_some(fact)
     }
 
-    /// Decides on an applicant, and remembers the worker and the use of the token. Nothing is changed by a refusal.
+    /// Decides on an applicant: the worker that it is, and the fact that makes it one, if it is new.
     ///
     /// The same keys get the same answer again: uses and expiry count only for new ones.
     ///
     /// # Errors
     /// Why it is not enrolled.
-    pub fn enrol(&mut self, applicant: &Applicant, weight_max: u32) -> Result<Worker, EnrolRefusal> {
+    pub fn enrol(&self, applicant: &Applicant, weight_max: u32) -> Result<(Worker, Option<Fact>), EnrolRefusal> {
         let candidate = self.candidate(applicant, weight_max);
         if let Some(known) = self.workers.get(&candidate.id) {
-            return again(known, &candidate);
+            return Ok((again(known, &candidate)?, None));
         }
         let at = self.find(&applicant.request.token).ok_or(EnrolRefusal::Unknown)?;
         self.invitations[at].admits(applicant)?;
         if self.workers.len() >= WORKERS_MAX {
             return Err(EnrolRefusal::Full);
         }
-        self.invitations[at].spent_by.push(candidate.id);
-        self.workers.insert(candidate.id, candidate.clone());
-        Ok(candidate)
+        let fact = Fact::Enrolled { worker: candidate.clone(), token_hash: self.invitations[at].token_hash };
+        Ok((candidate, Some(fact)))
     }
 
-    /// Shuts a worker out, for ever.
+    /// The worker that is to be shut out, and the fact that does it, if it is not already.
     ///
     /// # Errors
     /// If nobody has this name.
-    pub fn revoke(&mut self, name: &str) -> Result<Worker, NoSuchWorker> {
-        let found = self.workers.values_mut().find(|worker| worker.name.as_str() == name);
+    pub fn revoke(&self, name: &str) -> Result<(Worker, Option<Fact>), NoSuchWorker> {
+        let found = self.workers.values().find(|worker| worker.name.as_str() == name);
         let worker = found.ok_or_else(|| NoSuchWorker { name: name.to_owned() })?;
-        worker.revoked = true;
-        Ok(worker.clone())
+        let fact = (!worker.revoked).then_some(Fact::Revoked { id: worker.id });
+        Ok((Worker { revoked: true, ..worker.clone() }, fact))
     }
 
     fn candidate(&self, applicant: &Applicant, weight_max: u32) -> Worker {
@@ -225,6 +261,48 @@ impl Registry {
     }
 }
 
+/// The registry's journal, in the state directory.
+pub struct RegistryJournal {
+    disk: Box<dyn Disk>,
+    journal: Journal,
+}
+
+impl std::fmt::Debug for RegistryJournal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RegistryJournal").field("journal", &self.journal).finish_non_exhaustive()
+    }
+}
+
+impl RegistryJournal {
+    /// Reads the journal, or begins one if there is none; and what was torn off its end by a crash.
+    ///
+    /// # Errors
+    /// If it is damaged, or the disk is broken or read-only.
+    pub fn open(mut disk: Box<dyn Disk>) -> Result<(Self, Registry, Option<StoreError>), StoreError> {
+        let mut registry = Registry::default();
+        let (journal, end) = Journal::open(disk.as_mut(), SCOPE, unix_ms, &mut |record| {
+            Fact::of(&record)?.iter().for_each(|fact| registry.apply(fact));
+            Ok(())
+        })?;
+        Ok((Self { disk, journal }, registry, end.and_then(|end| end.torn)))
+    }
+
+    /// Keeps a fact; it is durable when this returns.
+    ///
+    /// # Errors
+    /// If the disk is full, and then nothing was kept; or if it is broken.
+    pub fn keep(&mut self, fact: &Fact) -> Result<(), StoreError> {
+        let disk = self.disk.as_mut();
+        self.journal.append(disk, FACT, &protocol::messages::encode(fact), &[])?;
+        let kept = self.journal.sync(disk);
+        if kept.is_err() {
+            // Whoever asked is refused: it may not become true later.
+            self.journal.take_back();
+        }
+        kept.map(drop)
+    }
+}
+
 impl Issued {
     fn admits(&self, applicant: &Applicant) -> Result<(), EnrolRefusal> {
         if self.loopback_only && !applicant.is_local {
@@ -260,8 +338,22 @@ fn token_hash(token: &[u8; 16]) -> Hash {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::store::testing::TestDisk;
 
     const TOKEN: [u8; 16] = [7; 16];
+
+    impl Registry {
+        /// Does what would be durable first.
+        fn make(&mut self, fact: impl Into<Option<Fact>>) {
+            fact.into().iter().for_each(|fact| self.apply(fact));
+        }
+
+        fn enrolled(&mut self, applicant: &Applicant) -> Result<Worker, EnrolRefusal> {
+            let (worker, fact) = self.enrol(applicant, 9)?;
+            self.make(fact);
+            Ok(worker)
+        }
+    }
 
     fn applicant(key: u8, name: &str) -> Applicant {
         let request = EnrolRequest { token: TOKEN, name: name.parse().unwrap(), ed25519: [key; 32] };
@@ -270,32 +362,32 @@ mod tests {
 
     fn invited(uses: u32, expires: Option<u64>) -> Registry {
         let mut registry = Registry::default();
-        registry.invite(&TOKEN, uses, expires, 1000);
+        registry.make(registry.invite(&TOKEN, uses, expires, 1000));
         registry
     }
 
     #[test]
     fn a_token_is_good_for_its_uses_and_the_same_keys_get_the_same_answer() {
         let mut registry = invited(1, Some(1001));
-        let first = registry.enrol(&applicant(1, "shard"), 9).unwrap();
-        assert_eq!(registry.enrol(&applicant(2, "shard"), 9), Err(EnrolRefusal::Spent));
+        let first = registry.enrolled(&applicant(1, "shard")).unwrap();
+        assert_eq!(registry.enrolled(&applicant(2, "shard")), Err(EnrolRefusal::Spent));
         let late = Applicant { now_unix_s: 9999, ..applicant(1, "other") };
-        assert_eq!(registry.enrol(&late, 9).unwrap(), first);
+        assert_eq!(registry.enrolled(&late).unwrap(), first);
         assert_eq!(registry.workers().len(), 1);
     }
 
     #[test]
     fn the_same_keys_get_the_same_answer_when_the_invitation_is_forgotten() {
         let mut registry = Registry::default();
-        registry.invite_locally(&[8; 16]);
-        registry.invite(&TOKEN, 1, None, 1000);
-        let first = registry.enrol(&applicant(1, "shard"), 9).unwrap();
+        registry.make(registry.invite_locally(&[8; 16], 1000));
+        registry.make(registry.invite(&TOKEN, 1, None, 1000));
+        let first = registry.enrolled(&applicant(1, "shard")).unwrap();
         for at in 0..INVITATIONS_MAX as u128 {
-            registry.invite(&at.to_le_bytes(), 1, None, 1000);
+            registry.make(registry.invite(&at.to_le_bytes(), 1, None, 1000));
         }
         assert_eq!(registry.invitations.len(), INVITATIONS_MAX);
-        assert_eq!(registry.enrol(&applicant(1, "shard"), 9), Ok(first));
-        assert_eq!(registry.enrol(&applicant(2, "other"), 9), Err(EnrolRefusal::Unknown));
+        assert_eq!(registry.enrolled(&applicant(1, "shard")), Ok(first));
+        assert_eq!(registry.enrolled(&applicant(2, "other")), Err(EnrolRefusal::Unknown));
         assert!(registry.find(&[8; 16]).is_some(), "workers on this machine still find their invitation");
     }
 
@@ -305,32 +397,32 @@ mod tests {
         let before = registry.clone();
         let unknown =
             Applicant { request: EnrolRequest { token: [8; 16], ..applicant(1, "a").request }, ..applicant(1, "a") };
-        assert_eq!(registry.enrol(&unknown, 9), Err(EnrolRefusal::Unknown));
-        assert_eq!(registry.enrol(&applicant(1, "a"), 9), Err(EnrolRefusal::Expired));
+        assert_eq!(registry.enrolled(&unknown), Err(EnrolRefusal::Unknown));
+        assert_eq!(registry.enrolled(&applicant(1, "a")), Err(EnrolRefusal::Expired));
         assert_eq!(registry, before);
     }
 
     #[test]
     fn a_local_invitation_is_for_this_machine_and_never_used_up() {
         let mut registry = Registry::default();
-        registry.invite_locally(&TOKEN);
-        assert_eq!(registry.enrol(&applicant(1, "a"), 9), Err(EnrolRefusal::LoopbackOnly));
+        registry.make(registry.invite_locally(&TOKEN, 1000));
+        assert_eq!(registry.enrolled(&applicant(1, "a")), Err(EnrolRefusal::LoopbackOnly));
         for key in 1..20 {
             let here = Applicant { is_local: true, ..applicant(key, "a") };
-            registry.enrol(&here, 9).unwrap();
+            registry.enrolled(&here).unwrap();
         }
         let before = registry.clone();
-        registry.invite_locally(&TOKEN);
+        registry.make(registry.invite_locally(&TOKEN, 1000));
         assert_eq!(registry, before);
-        registry.invite_locally(&[9; 16]);
+        registry.make(registry.invite_locally(&[9; 16], 1000));
         let late = Applicant { is_local: true, ..applicant(99, "a") };
-        assert_eq!(registry.enrol(&late, 9), Err(EnrolRefusal::Unknown));
+        assert_eq!(registry.enrolled(&late), Err(EnrolRefusal::Unknown));
     }
 
     #[test]
     fn names_are_unique() {
         let mut registry = invited(0, None);
-        let name = |registry: &mut Registry, key, wish: &str| registry.enrol(&applicant(key, wish), 9).unwrap().name;
+        let name = |registry: &mut Registry, key, wish: &str| registry.enrolled(&applicant(key, wish)).unwrap().name;
         assert_eq!(name(&mut registry, 1, "shard").as_str(), "shard");
         assert_eq!(name(&mut registry, 2, "shard").as_str(), "shard-2");
         assert_eq!(name(&mut registry, 3, "shard").as_str(), "shard-3");
@@ -342,24 +434,26 @@ mod tests {
     #[test]
     fn a_revoked_worker_stays_out() {
         let mut registry = invited(0, None);
-        registry.enrol(&applicant(1, "shard"), 9).unwrap();
-        assert!(registry.revoke("shard").unwrap().revoked);
-        assert_eq!(registry.enrol(&applicant(1, "shard"), 9), Err(EnrolRefusal::Revoked));
+        registry.enrolled(&applicant(1, "shard")).unwrap();
+        let (worker, fact) = registry.revoke("shard").unwrap();
+        registry.make(fact);
+        assert!(worker.revoked && registry.revoke("shard").unwrap().1.is_none());
+        assert_eq!(registry.enrolled(&applicant(1, "shard")), Err(EnrolRefusal::Revoked));
         assert!(registry.revoke("nobody").is_err());
     }
 
     #[test]
     fn one_identity_has_one_session_key() {
         let mut registry = invited(0, None);
-        registry.enrol(&applicant(1, "shard"), 9).unwrap();
+        registry.enrolled(&applicant(1, "shard")).unwrap();
         let thief = Applicant { x25519: [9; 32], ..applicant(1, "shard") };
-        assert_eq!(registry.enrol(&thief, 9), Err(EnrolRefusal::BadKey));
+        assert_eq!(registry.enrolled(&thief), Err(EnrolRefusal::BadKey));
     }
 
     #[test]
     fn a_full_fleet_takes_nobody_and_keeps_who_is_in() {
         let mut registry = invited(0, None);
-        let first = registry.enrol(&applicant(1, "shard"), 9).unwrap();
+        let first = registry.enrolled(&applicant(1, "shard")).unwrap();
         for n in registry.workers.len()..WORKERS_MAX {
             let mut id = [0; 16];
             id[..8].copy_from_slice(&(n as u64).to_le_bytes());
@@ -367,8 +461,8 @@ mod tests {
             registry.workers.insert(WorkerId(id), Worker { id: WorkerId(id), name, ..first.clone() });
         }
         assert_eq!(registry.workers.len(), WORKERS_MAX);
-        assert_eq!(registry.enrol(&applicant(2, "other"), 9), Err(EnrolRefusal::Full));
-        assert_eq!(registry.enrol(&applicant(1, "shard"), 9).unwrap(), first);
+        assert_eq!(registry.enrolled(&applicant(2, "other")), Err(EnrolRefusal::Full));
+        assert_eq!(registry.enrolled(&applicant(1, "shard")).unwrap(), first);
     }
 
     #[test]
@@ -377,24 +471,62 @@ mod tests {
         for n in 0..INVITATIONS_MAX {
             let mut token = [0; 16];
             token[..8].copy_from_slice(&(n as u64).to_le_bytes());
-            registry.invite(&token, 1, Some(n as u64), 500);
+            registry.make(registry.invite(&token, 1, Some(n as u64), 500));
         }
         assert_eq!(registry.invitations.len(), INVITATIONS_MAX);
         assert!(registry.find(&TOKEN).is_some());
     }
 
+    fn opened(disk: &TestDisk) -> (RegistryJournal, Registry) {
+        let (journal, registry, _) = RegistryJournal::open(Box::new(disk.clone())).unwrap();
+        (journal, registry)
+    }
+
+    /// What a registry went through, kept one by one.
+    fn kept(disk: &TestDisk) -> Registry {
+        let (mut journal, mut registry) = opened(disk);
+        let mut keep = |registry: &mut Registry, fact: Fact| {
+            journal.keep(&fact).unwrap();
+            registry.apply(&fact);
+        };
+        let fact = registry.invite(&TOKEN, 2, Some(5000), 1000);
+        keep(&mut registry, fact);
+        for key in 1..3 {
+            let fact = registry.enrol(&applicant(key, "shard"), 9).unwrap().1.unwrap();
+            keep(&mut registry, fact);
+        }
+        let fact = registry.revoke("shard-2").unwrap().1.unwrap();
+        keep(&mut registry, fact);
+        registry
+    }
+
     #[test]
-    fn a_registry_survives_its_file_and_a_damaged_one_is_refused() {
-        let home = tempfile::tempdir().unwrap();
-        let path = home.path().join("registry");
-        let mut registry = invited(2, Some(5000));
-        registry.enrol(&applicant(1, "shard"), 9).unwrap();
-        registry.save(&path).unwrap();
-        assert_eq!(Registry::load(&path).unwrap(), registry);
-        let text = std::fs::read_to_string(&path).unwrap();
-        assert!(!text.contains(&data_encoding::HEXLOWER.encode(&TOKEN)), "the token itself is not kept");
-        std::fs::write(&path, &text[..text.len() / 2]).unwrap();
-        assert!(matches!(Registry::load(&path), Err(StateError::Damaged { .. })));
-        assert_eq!(Registry::load(&home.path().join("none")).unwrap(), Registry::default());
+    fn a_registry_survives_a_power_cut_and_a_damaged_one_is_refused() {
+        let disk = TestDisk::default();
+        let registry = kept(&disk);
+        disk.crash(0);
+        assert_eq!(opened(&disk).1, registry);
+        let text = disk.content("registry-journal-000001");
+        assert!(!text.windows(16).any(|bytes| bytes == TOKEN), "the token itself is not kept");
+        let mut damaged = disk.copy();
+        damaged.flip("registry-journal-000001", 140, 1);
+        assert!(matches!(RegistryJournal::open(Box::new(damaged)), Err(StoreError::Damaged { offset: 100, .. })));
+    }
+
+    #[test]
+    fn what_a_full_disk_refused_does_not_become_true_later() {
+        let disk = TestDisk::default();
+        let registry = kept(&disk);
+        let (mut journal, _) = opened(&disk);
+        disk.room(10);
+        let refused = registry.invite(&[1; 16], 1, None, 1000);
+        assert!(journal.keep(&refused).unwrap_err().is_full());
+        disk.room(u64::MAX);
+        let mut expected = registry.clone();
+        let next = registry.invite(&[2; 16], 1, None, 1000);
+        journal.keep(&next).unwrap();
+        expected.apply(&next);
+        drop(journal);
+        assert_eq!(opened(&disk).1, expected);
     }
 }

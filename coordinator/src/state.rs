@@ -7,7 +7,7 @@
 //! DIR/session.key       X25519: what invitations pin
 //! DIR/signing.key       Ed25519: the server certificate and the receipts
 //! DIR/quic.key          stateless resets and connection ids, so that a restart ends old connections at once
-//! DIR/registry          workers and invitations
+//! DIR/registry-journal-* workers and invitations
 //! DIR/starts            how often it was started: the high half of every task id
 //! DIR/join              the invitation for this machine
 //! DIR/control.sock      for `coordinator invite`, `workers`, `revoke`, `status`, `abort`
@@ -23,7 +23,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 /// The version of the directory that this build reads and writes.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 const FORMAT_FILE: &str = "format";
 const FORMAT_PREFIX: &str = "tributary coordinator ";
@@ -88,6 +88,14 @@ pub enum StateError {
     /// A newer build wrote it.
     #[error("{}: state of version {got}, this program reads version {FORMAT_VERSION}; update it, or give another --state", path.display())]
     Newer {
+        /// The directory.
+        path: PathBuf,
+        /// Its version.
+        got: u32,
+    },
+    /// An older build wrote it.
+    #[error("{}: state of version {got}, this program reads version {FORMAT_VERSION}; go on with the program that wrote it, or give another --state", path.display())]
+    Older {
         /// The directory.
         path: PathBuf,
         /// Its version.
@@ -219,6 +227,7 @@ fn check_format(path: &Path) -> Result<bool, StateError> {
     match version {
         Some(FORMAT_VERSION) => Ok(false),
         Some(got) if got > FORMAT_VERSION => Err(StateError::Newer { path: path.to_owned(), got }),
+        Some(got) if got > 0 => Err(StateError::Older { path: path.to_owned(), got }),
         _ => Err(not_ours(format!("its format is {:?}", text.trim().chars().take(60).collect::<String>()))),
     }
 }
@@ -346,10 +355,12 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_version_is_refused() {
+    fn another_version_is_refused() {
         let home = tempfile::tempdir().unwrap();
         fs::write(home.path().join("format"), "tributary coordinator 7\n").unwrap();
         assert!(matches!(StateDir::open(home.path()), Err(StateError::Newer { got: 7, .. })));
+        fs::write(home.path().join("format"), "tributary coordinator 1\n").unwrap();
+        assert!(matches!(StateDir::open(home.path()), Err(StateError::Older { got: 1, .. })));
     }
 
     #[test]

@@ -139,7 +139,9 @@ pub struct Journal {
     written: u64,
     /// How much of it is durable.
     durable: u64,
+    /// After what was appended, and after what was written.
     chain: Chain,
+    written_chain: Chain,
     /// What waits to be written.
     buffer: Vec<u8>,
     /// The disk failed in a way after which nobody knows what it holds.
@@ -168,6 +170,7 @@ impl Journal {
             written: 0,
             durable: 0,
             chain: [0; 32],
+            written_chain: [0; 32],
             buffer: Vec::new(),
             failed: false,
         };
@@ -186,7 +189,8 @@ impl Journal {
             disk.truncate(&file, end.length).map_err(StoreError::io(&file, "cut"))?;
         }
         disk.sync(&file).map_err(StoreError::io(&file, "sync"))?;
-        (self.part, self.written, self.durable, self.chain) = (end.part, end.length, end.length, end.chain);
+        (self.part, self.written, self.durable) = (end.part, end.length, end.length);
+        (self.chain, self.written_chain) = (end.chain, end.chain);
         Ok(())
     }
 
@@ -265,8 +269,15 @@ impl Journal {
         }
         let bytes = self.buffer.len() as u64;
         self.written += bytes;
+        self.written_chain = self.chain;
         self.buffer.clear();
         Ok(bytes)
+    }
+
+    /// Forgets what was appended and not written.
+    pub fn take_back(&mut self) {
+        self.buffer.clear();
+        self.chain = self.written_chain;
     }
 
     /// Makes what was appended survive a power cut. How many bytes that are.
@@ -302,6 +313,7 @@ impl Journal {
         // From here on the disk holds it open: whoever removes it cannot have it made anew, without a head.
         disk.append(&file, &[]).map_err(StoreError::io(&file, "write"))?;
         self.chain.copy_from_slice(&head[head.len() - 32..]);
+        self.written_chain = self.chain;
         (self.part, self.written, self.durable) = (part, written, written);
         Ok(())
     }

@@ -439,7 +439,6 @@ fn refuse_headless(disk: &dyn Disk) -> Result<(), StoreError> {
     let files = disk.list().map_err(StoreError::io("the run's directory", "list"))?;
     let has = |prefix: &str| files.iter().any(|(name, _)| name.starts_with(prefix) && !name.ends_with(ASIDE));
     match has(JOURNAL) {
-        false if has("checkpoint-") => Err(StoreError::Older { file: "the run".to_owned() }),
         false if has("model-") || has("schema-") => Err(StoreError::Missing { file: format!("{JOURNAL}000001") }),
         _ => Ok(()),
     }

@@ -216,7 +216,7 @@ fn the_state_of_the_other_program_is_not_ours() {
     home.coordinator(&["--state", "s"]).until("listening");
     let sentence = refusal(&home.run("worker", &["--data", "shard.csv", "--state", "s"]), 1);
     assert!(
-        sentence.starts_with("s: not a worker's state directory (its format is \"tributary coordinator 1\")"),
+        sentence.starts_with("s: not a worker's state directory (its format is \"tributary coordinator 2\")"),
         "{sentence}"
     );
     // The coordinator left its invitation here, and the worker is to wait for one.

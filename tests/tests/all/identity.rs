@@ -315,7 +315,8 @@ fn what_is_secret_is_its_owners_alone() {
     coordinator.until("done");
     let state = fleet.home().state();
     assert_eq!(mode(&state), 0o700);
-    for name in ["ca.key", "session.key", "signing.key", "quic.key", "registry", "join", "control.sock"] {
+    for name in ["ca.key", "session.key", "signing.key", "quic.key", "registry-journal-000001", "join", "control.sock"]
+    {
         assert_eq!(mode(&state.join(name)), 0o600, "{name}");
     }
     assert_eq!(mode(&fleet.home().path("tributary/join")), 0o600);
