@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand};
+use protocol::ids::RunId;
 
 use crate::config::{Config, ConfigError, Overrides};
 
@@ -94,6 +95,29 @@ pub enum Command {
     Status,
     /// End the run; held updates are void, and their holders are told
     Abort,
+    /// Tell who came in and what became of every task, and whether the record of it is whole
+    ///
+    /// Reads the state directory, or a copy of it, and changes nothing: a live coordinator does not mind. What a crash
+    /// tore off the end is told; if anything is damaged, the exit status is 1 and the last line names file and offset.
+    Audit(AuditArgs),
+}
+
+/// What is audited.
+#[derive(Clone, Debug, Args)]
+pub struct AuditArgs {
+    /// Check every model, payload and attachment by its hash too
+    #[arg(long)]
+    pub verify: bool,
+
+    /// The run to tell of, as the name of its directory in DIR/runs
+    ///
+    /// Default: the run that the coordinator is at.
+    #[arg(long, value_name = "ID")]
+    pub run: Option<RunId>,
+
+    /// Print one JSON object a line
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What an invitation says.
@@ -228,6 +252,19 @@ mod tests {
         assert_eq!(cli.state().unwrap(), PathBuf::from("x"));
         let Some(Command::Invite(invite)) = cli.command else { panic!("not an invitation") };
         assert_eq!((invite.uses, invite.expires), (1, Duration::from_secs(900)));
+    }
+
+    #[test]
+    fn an_audit_says_what_it_reads() {
+        let run = "07".repeat(16);
+        let cli = Cli::try_parse_from(["coordinator", "audit", "--state", "x", "--verify", "--run", &run]).unwrap();
+        let Some(Command::Audit(audit)) = cli.command else { panic!("not an audit") };
+        assert_eq!((audit.verify, audit.json, audit.run), (true, false, Some(RunId([7; 16]))));
+        assert!(Cli::try_parse_from(["coordinator", "audit", "--run", "../.."]).is_err());
+        let help = Cli::command().find_subcommand_mut("audit").unwrap().render_long_help().to_string();
+        for said in ["--verify", "--run <ID>", "--json", "changes nothing", "the exit status is 1"] {
+            assert!(help.contains(said), "{said:?} is not in {help}");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! [`control`]) and see ([`show`], [`telemetry`], [`http`]). Many coordinators can live in one process: nothing here is
 //! global.
 
+pub mod audit;
 pub mod cli;
 pub mod config;
 pub mod conn;

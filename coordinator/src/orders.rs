@@ -1,11 +1,12 @@
-//! What a person types beside running: `invite`, `workers`, `revoke`, `status`, `abort`; and Ctrl-C.
+//! What a person types beside running: `invite`, `workers`, `revoke`, `status`, `abort`, `audit`; and Ctrl-C.
 
 use std::future::Future;
-use std::io::{self, Write as _};
+use std::io::{self, BufWriter, Write as _};
 use std::path::{Path, PathBuf};
 
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::audit::{AuditError, audit};
 use crate::cli::{Command, InviteArgs};
 use crate::control::{Answer, ControlError, Request, WorkerRow, ask};
 use crate::state::{StateError, write_durably};
@@ -31,6 +32,9 @@ pub enum OrderError {
     /// Nobody reads what is printed.
     #[error("cannot print: {0}")]
     Print(#[from] io::Error),
+    /// The audit came to nothing, or found something.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     /// The answer is to another question.
     #[error("the coordinator answers something else than was asked; is it of another version?")]
     Confused,
@@ -41,7 +45,10 @@ pub enum OrderError {
 /// # Errors
 /// Why it came to nothing.
 pub fn execute(state: &Path, command: &Command) -> Result<(), OrderError> {
-    let answer = ask(state, &request(command))?;
+    if let Command::Audit(args) = command {
+        return Ok(audit(state, args, &mut BufWriter::new(io::stdout().lock()))?);
+    }
+    let answer = ask(state, &request(command).ok_or(OrderError::Confused)?)?;
     let mut out = io::stdout().lock();
     match (command, answer) {
         (Command::Invite(InviteArgs { out: Some(path), .. }), Answer::Invitation(text)) => write_out(path, &text)?,
@@ -55,8 +62,9 @@ pub fn execute(state: &Path, command: &Command) -> Result<(), OrderError> {
     Ok(())
 }
 
-fn request(command: &Command) -> Request {
-    match command {
+/// What the live coordinator is asked; nothing for what needs none.
+fn request(command: &Command) -> Option<Request> {
+    Some(match command {
         Command::Invite(invite) => Request::Invite {
             addresses: invite.addresses.clone(),
             uses: invite.uses,
@@ -66,7 +74,8 @@ fn request(command: &Command) -> Request {
         Command::Revoke { worker } => Request::Revoke { worker: worker.clone() },
         Command::Status => Request::Status,
         Command::Abort => Request::Abort,
-    }
+        Command::Audit(_) => return None,
+    })
 }
 
 fn write_out(path: &Path, text: &str) -> Result<(), OrderError> {

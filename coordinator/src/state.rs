@@ -214,7 +214,7 @@ pub(crate) fn make_private_dir(path: &Path) -> Result<(), StateError> {
 }
 
 /// Whether the directory is fresh; an error if it is not ours.
-fn check_format(path: &Path) -> Result<bool, StateError> {
+pub(crate) fn check_format(path: &Path) -> Result<bool, StateError> {
     let not_ours = |got: String| StateError::NotOurs { path: path.to_owned(), got };
     let Some(format) = read_small(&path.join(FORMAT_FILE))? else {
         return match first_foreign_entry(path)? {

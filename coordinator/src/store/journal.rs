@@ -53,7 +53,8 @@ pub struct Scope {
 }
 
 impl Scope {
-    fn file(&self, part: u64) -> String {
+    /// The name of a part.
+    pub(crate) fn file(&self, part: u64) -> String {
         format!("{}{part:06}", self.prefix)
     }
 
@@ -125,6 +126,8 @@ pub struct End {
     pub torn: Option<StoreError>,
     /// The lowest part from which nothing was stripped.
     pub unstripped: u64,
+    /// How many records there are.
+    pub records: u64,
     chain: Chain,
 }
 
@@ -403,7 +406,7 @@ pub fn read(
     let parts = scope.parts(disk)?;
     let mut before: Option<(String, Chain)> = None;
     let mut end = None;
-    let mut unstripped = None;
+    let (mut unstripped, mut records) = (None, 0);
     for part in 1..=parts {
         let mut reader = PartReader::open(disk, scope, part, load)?;
         if let Some((file, _)) = before.filter(|(_, chain)| *chain != reader.before) {
@@ -418,6 +421,7 @@ pub fn read(
                         unstripped.get_or_insert(part);
                     }
                     let offset = record.offset;
+                    records += 1;
                     each(record).map_err(|reason| reader.damaged(offset, reason))?;
                 }
                 Err(broken) if part < parts => return Err(broken.damage(&reader.file)),
@@ -431,6 +435,7 @@ pub fn read(
             length: reader.offset,
             torn,
             unstripped: unstripped.unwrap_or(part),
+            records,
             chain: reader.chain,
         });
     }
@@ -440,12 +445,17 @@ pub fn read(
 /// Whether what does not verify is a torn tail: the warning that says so, or the error that says that it is damage.
 fn tail(disk: &dyn Disk, reader: &PartReader, broken: Broken) -> Result<StoreError, StoreError> {
     let Broken::Record { offset, reason, computed } = broken else { return Err(broken.damage(&reader.file)) };
+    let torn = StoreError::Torn { file: reader.file.clone(), offset, reason: reason.clone() };
+    if is_record(disk, &reader.file, offset, Some(reader.chain)).map_err(StoreError::io(&reader.file, "read"))? {
+        // A live process was writing it just then.
+        return Ok(torn);
+    }
     let witness = later_witness(disk, &reader.file, offset, computed).map_err(StoreError::io(&reader.file, "read"))?;
     if let Some(at) = witness {
         let reason = format!("{reason}; it was durable when the record at offset {at} was written");
         return Err(StoreError::Damaged { file: reader.file.clone(), offset, reason });
     }
-    Ok(StoreError::Torn { file: reader.file.clone(), offset, reason })
+    Ok(torn)
 }
 
 /// The first whole record after `broken` that claims that more than everything before `broken` was durable. `computed`

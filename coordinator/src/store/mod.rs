@@ -585,7 +585,8 @@ fn unbegun(run: RunId, plan: &Plan) -> Snapshot {
     Snapshot { checkpoint, schema: Arc::from([]), model: Arc::from([]), server: Vec::new() }
 }
 
-fn current_run(runs: &Path) -> Result<Option<(RunId, PathBuf)>, StateError> {
+/// The run that the next start goes on with, and its directory.
+pub(crate) fn current_run(runs: &Path) -> Result<Option<(RunId, PathBuf)>, StateError> {
     let pointer = runs.join("current");
     let Some(bytes) = read_small(&pointer)? else { return Ok(None) };
     let text = String::from_utf8_lossy(&bytes);

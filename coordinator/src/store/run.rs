@@ -370,7 +370,7 @@ impl RunStore {
     fn is_over(&self, name: &str, oldest: u32) -> bool {
         let ours = ["journal-", "schema-", "model-"].iter().any(|prefix| name.starts_with(prefix));
         match PayloadName::parse(name) {
-            Some(PayloadName { task, is_part: true }) => !self.index.open.contains(&task),
+            Some(PayloadName { task, is_part: true, .. }) => !self.index.open.contains(&task),
             Some(PayloadName { task, .. }) => !self.index.held.contains(&task) && !self.kept.contains_key(&task),
             None if ours && name.ends_with(ASIDE) => true,
             None => parse_model_file(name).is_some_and(|(round, _)| round < oldest),
@@ -404,25 +404,18 @@ impl RunStore {
     }
 
     fn model(&self, round: u32, standing: &Standing) -> Result<ModelState, ModelError> {
-        let state = match &standing.place {
-            Some(place) => {
-                let content = self.journal.attachment(self.disk.as_ref(), place)?;
-                let content = content.ok_or_else(|| ModelError::damaged("it was removed"))?;
-                if Hash::of(&content) != place.hash {
-                    return Err(ModelError::damaged("the hash of its bytes in the journal does not fit"));
-                }
-                ModelState::from_bytes(&content).ok_or_else(|| ModelError::damaged("it is no model"))?
-            }
-            None => read_model(self.disk.as_ref(), &model_file(round, standing.hash))?,
-        };
         let layout = self.index.layout.unwrap_or(Hash([0; 32]));
-        let mut hasher = model_hasher(&layout);
-        hasher.update(&state.model);
-        let got = Hash::from(hasher.finalize());
-        if got != standing.hash {
-            return Err(ModelError::Damaged(format!("it is model {got}, expected {}", standing.hash)));
+        let Some(place) = &standing.place else {
+            let state = read_model(self.disk.as_ref(), &model_file(round, standing.hash))?;
+            return state.checked(layout, standing.hash);
+        };
+        let content = self.journal.attachment(self.disk.as_ref(), place)?;
+        let content = content.ok_or_else(|| ModelError::damaged("it was removed"))?;
+        if Hash::of(&content) != place.hash {
+            return Err(ModelError::damaged("the hash of its bytes in the journal does not fit"));
         }
-        Ok(state)
+        let state = ModelState::from_bytes(&content).ok_or_else(|| ModelError::damaged("it is no model"))?;
+        state.checked(layout, standing.hash)
     }
 }
 
@@ -586,24 +579,61 @@ fn payload_file(task: TaskId, hash: Hash) -> String {
 
 struct PayloadName {
     task: TaskId,
+    hash: Hash,
     is_part: bool,
 }
 
 impl PayloadName {
     fn parse(name: &str) -> Option<Self> {
         let (hash, rest) = name.strip_prefix("payload-")?.split_once('-')?;
-        hash.parse::<Hash>().ok()?;
+        let hash = hash.parse().ok()?;
         let (task, part) = rest.split_once(".part-").map_or((rest, None), |(task, part)| (task, Some(part)));
         let (start, count) = task.split_once('.')?;
         let task = TaskId::new(start.parse().ok()?, count.parse().ok()?);
-        Some(Self { task, is_part: part.is_some() })
+        Some(Self { task, hash, is_part: part.is_some() })
     }
+}
+
+/// What a file beside the journal is, and whether its bytes are those that its name says. `None` if it is none of
+/// ours, half received, or was removed since it was listed.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn verify_file(disk: &dyn Disk, name: &str, layout: Hash) -> Option<(&'static str, Result<(), String>)> {
+    if let Some((_, hash)) = parse_model_file(name) {
+        let checked = read_model(disk, name).and_then(|state| state.checked(layout, hash));
+        return match checked {
+            Err(ModelError::Damaged(reason)) if reason == GONE => None,
+            checked => Some(("model", checked.map(drop).map_err(|error| error.to_string()))),
+        };
+    }
+    let payload = PayloadName::parse(name).filter(|payload| !payload.is_part).map(|payload| ("payload", payload.hash));
+    let schema = || Some(("schema", name.strip_prefix("schema-")?.parse().ok()?));
+    let (what, expected) = payload.or_else(schema)?;
+    match disk.read(name, 0).and_then(hash_of) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => Some((what, Err(error.to_string()))),
+        Ok(got) if got != expected => Some((what, Err(format!("its hash is {got}")))),
+        Ok(_) => Some((what, Ok(()))),
+    }
+}
+
+fn hash_of(reader: Box<dyn Read + Send>) -> io::Result<Hash> {
+    let mut hasher = blake3::Hasher::new();
+    io::copy(&mut io::BufReader::with_capacity(1 << 20, reader), &mut hasher)?;
+    Ok(hasher.finalize().into())
 }
 
 // --- models ---
 
+/// What is wrong with a model's file that is not there.
+const GONE: &str = "it is not there";
+
+#[derive(Debug, thiserror::Error)]
 enum ModelError {
+    #[error(transparent)]
     Disk(StoreError),
+    #[error("{0}")]
     Damaged(String),
 }
 
@@ -627,6 +657,14 @@ impl ModelState {
         bytes.extend(&*self.model);
         bytes.extend(&self.server);
         bytes
+    }
+
+    /// Itself, if it is the model that it should be.
+    fn checked(self, layout: Hash, expected: Hash) -> Result<Self, ModelError> {
+        let mut hasher = model_hasher(&layout);
+        hasher.update(&self.model);
+        let got = Hash::from(hasher.finalize());
+        if got == expected { Ok(self) } else { Err(ModelError::Damaged(format!("it is model {got}"))) }
     }
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
@@ -659,7 +697,7 @@ fn write_model(disk: &mut dyn Disk, name: &str, state: &ModelState) -> Result<()
 
 fn read_model(disk: &dyn Disk, name: &str) -> Result<ModelState, ModelError> {
     let mut input = match disk.read(name, 0) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(ModelError::damaged("it is not there")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(ModelError::damaged(GONE)),
         input => input.map_err(StoreError::io(name, "open"))?,
     };
     let head = read_exactly(&mut input, name, MODEL_HEAD_BYTES as u64)?;
