@@ -16,7 +16,7 @@ use transport::{Client, CloseCode, Trust};
 
 use crate::enrolments::{Enrolment, EnrolmentError, Enrolments, Token};
 use crate::files::{self, FileError};
-use crate::link::{Call, Greeted, LinkError, greet};
+use crate::link::{ANSWER_MAX, Call, Greeted, LinkError, greet};
 use crate::options::Hooks;
 use crate::report::{Line, Report};
 use crate::state::Keys;
@@ -203,6 +203,7 @@ impl Enroller {
             role: Role::Join,
             coordinator: &invitation.coordinator_x25519,
             payload: &request,
+            patience: ANSWER_MAX,
         };
         let Greeted { connection, ca, payload, .. } = greet(&self.client, &self.keys, call).await?;
         connection.close(CloseCode::Done, "");

@@ -28,8 +28,15 @@ use zeroize::Zeroizing;
 use crate::enrolments::Enrolment;
 use crate::state::Keys;
 
-/// How long the coordinator may take to answer the handshake.
-const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// How long the coordinator may take to answer the handshake, at first and in the end. One that was killed after it
+/// acknowledged the question never answers, and nothing leaves that its successor could refuse; a busy one needs longer.
+const ANSWER_MIN: Duration = Duration::from_secs(2);
+pub(crate) const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// How long an answer is waited for after so many attempts that came to nothing.
+pub(crate) fn patience(attempts: u32) -> Duration {
+    ANSWER_MIN.saturating_mul(1 << attempts.min(8)).min(ANSWER_MAX)
+}
 
 /// How long what we said last may take to arrive.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
@@ -79,6 +86,8 @@ pub(crate) struct Call<'a> {
     pub(crate) coordinator: &'a [u8; 32],
     /// What our handshake message carries.
     pub(crate) payload: &'a [u8],
+    /// How long the answer may take.
+    pub(crate) patience: Duration,
 }
 
 /// Why there is no session.
@@ -113,8 +122,8 @@ pub enum LinkError {
     #[error("the coordinator's answer cannot be read: {0}")]
     Unreadable(#[from] DecodeError),
     /// It does not answer.
-    #[error("the coordinator did not answer within {ANSWER_MAX:?}")]
-    Silent,
+    #[error("the coordinator did not answer within {0:?}")]
+    Silent(Duration),
     /// Our own keys cannot be used.
     #[error(transparent)]
     Key(#[from] KeyError),
@@ -160,7 +169,8 @@ pub(crate) async fn greet(client: &Client, keys: &Keys, call: Call<'_>) -> Resul
         Target { addresses, server_name: SERVER_NAME.to_owned(), trust: call.trust, identity: call.identity, alpn };
     let Connected { connection, ca, exporter } = client.connect(&target).await?;
     let shaken = handshake(&connection, &exporter, keys, call.role, call.coordinator, call.payload);
-    let shaken = tokio::time::timeout(ANSWER_MAX, shaken).await.unwrap_or(Err(LinkError::Silent));
+    let silent = Err(LinkError::Silent(call.patience));
+    let shaken = tokio::time::timeout(call.patience, shaken).await.unwrap_or(silent);
     let (send, receive, payload, established) = match shaken {
         Ok(shaken) => shaken,
         Err(error) => {
@@ -202,7 +212,7 @@ async fn handshake(
 /// A connection that ended says why better than the stream that ended with it.
 fn better_told(connection: &Connection, error: LinkError) -> LinkError {
     match (&error, connection.ended()) {
-        (LinkError::Refused(_) | LinkError::Silent, _) | (_, None) => error,
+        (LinkError::Refused(_) | LinkError::Silent(_), _) | (_, None) => error,
         (_, Some(ended)) => LinkError::Ended(ended),
     }
 }
@@ -284,6 +294,7 @@ impl Link {
         client: &Client,
         keys: &Keys,
         enrolment: &Enrolment,
+        patience: Duration,
         events: mpsc::Sender<E>,
         wrap: fn(u64, FromLink) -> E,
         number: u64,
@@ -296,6 +307,7 @@ impl Link {
             role: Role::Worker,
             coordinator: &enrolment.coordinator,
             payload: &[],
+            patience,
         };
         let Greeted { connection, send, receive, established, .. } = greet(client, keys, call).await?;
         let (session, sealer, opener) = Session::begin(established);
@@ -454,6 +466,11 @@ mod tests {
         let now = Instant::now();
         assert_eq!(found_after(&mut Ear::new(now), now, BEAT, 1), SILENCE_MAX);
         assert_eq!(found_after(&mut Ear::new(now), now, Duration::from_secs(1), 1), SILENCE_MAX);
+    }
+
+    #[test]
+    fn an_answer_is_waited_for_ever_longer_up_to_a_bound() {
+        assert_eq!([0, 1, 2, 3, u32::MAX].map(|attempts| patience(attempts).as_secs()), [2, 4, 8, 10, 10]);
     }
 
     #[test]

@@ -33,7 +33,7 @@ use crate::enrol::Enroller;
 use crate::enrolments::{Enrolment, Enrolments};
 use crate::error::{WorkerError, sentence};
 use crate::keeper::{self, DataMark, Keeper, Origin, Restored};
-use crate::link::{FromLink, Link, LinkEnd, LinkError};
+use crate::link::{FromLink, Link, LinkEnd, LinkError, patience};
 use crate::options::{Hooks, Options};
 use crate::receipts::{self, ReceiptLog};
 use crate::report::{Line, Report};
@@ -167,6 +167,8 @@ struct Shell {
     link: Option<Link>,
     /// Counts connections; what an earlier one still says is dropped.
     link_number: u64,
+    /// Attempts to connect that came to nothing since the last that did not.
+    unanswered: u32,
     /// When there last was something to beat for.
     busy_at: Instant,
     /// The coordinator said that it goes away and comes back.
@@ -233,6 +235,7 @@ impl Shell {
             inbox,
             link: None,
             link_number: 0,
+            unanswered: 0,
             busy_at: Instant::now(),
             going_away: false,
             said_unreachable: None,
@@ -324,11 +327,11 @@ impl Shell {
     fn connect(&mut self) {
         self.link_number += 1;
         let (enroller, mut enrolment) = (Arc::clone(&self.enroller), self.enrolment.clone());
-        let (reports, number) = (self.reports.clone(), self.link_number);
+        let (reports, number, patience) = (self.reports.clone(), self.link_number, patience(self.unanswered));
         tokio::spawn(async move {
             enroller.refresh(&mut enrolment).await;
-            let link =
-                Link::connect(&enroller.client, &enroller.keys, &enrolment, reports.clone(), Happening::Link, number);
+            let Enroller { client, keys, .. } = &*enroller;
+            let link = Link::connect(client, keys, &enrolment, patience, reports.clone(), Happening::Link, number);
             let happening = match link.await {
                 Ok(link) => Happening::Connected(Box::new(link), Box::new(enrolment)),
                 Err(error) => Happening::Unreachable(error),
@@ -414,6 +417,7 @@ impl Shell {
             Ok(stream) => stream,
             Err(error) => return link.connection.close(CloseCode::Internal, &error.to_string()),
         };
+        tracing::debug!(task = %upload.task, from = upload.from, bytes = payload.len(), "upload begins");
         self.hooks.see(|| encode(&upload));
         self.hooks.see(|| payload);
         let sending = transfer::upload(link.connection.clone(), number, sealer, upload, payload.clone());
@@ -468,7 +472,7 @@ impl Shell {
     fn connected(&mut self, link: Link, enrolment: Enrolment) {
         self.enrolment = enrolment;
         self.link = Some(link);
-        self.busy_at = Instant::now();
+        (self.unanswered, self.busy_at) = (0, Instant::now());
         self.tell(Input::Connected);
     }
 
@@ -488,6 +492,7 @@ impl Shell {
             self.report.say(&Line::Unreachable { addresses, error: told.clone() });
             self.said_unreachable = Some(told);
         }
+        self.unanswered = self.unanswered.saturating_add(1);
         self.tell(Input::Unreachable);
         Ok(())
     }

@@ -162,7 +162,7 @@ impl Client {
         };
         let crypto = tls::client_config(check, target.identity.as_ref(), target.alpn, provider)?;
         let mut transport = transport_config(0);
-        transport.keep_alive_interval(Some(self.keep_alive));
+        transport.keep_alive_interval(Some(self.keep_alive)).initial_rtt(limits::FIRST_RTT);
         let mut config = quinn::ClientConfig::new(Arc::new(crypto));
         config.transport_config(Arc::new(transport));
         Ok((config, verifier))

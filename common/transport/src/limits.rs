@@ -62,6 +62,10 @@ pub(crate) const IDLE_TIMEOUT_MS: u32 = 30_000;
 /// forget a UDP flow. quinn fixes the interval when a connection begins.
 pub const KEEP_ALIVE: Duration = Duration::from_secs(25);
 
+/// What a client takes a round trip for until it has measured one: a first packet without answer is repeated after three
+/// times as long. The 333 ms of RFC 9002 would make it wait a second, and then two, for a server that was just restarted.
+pub const FIRST_RTT: Duration = Duration::from_millis(100);
+
 /// The shortest time between two stateless resets. A reset is always smaller than what provoked it, so
 /// it amplifies nothing; a restarted server owes one to each of its workers, soon.
 pub const RESET_INTERVAL: Duration = Duration::from_millis(1);
