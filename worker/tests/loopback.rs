@@ -322,6 +322,38 @@ async fn a_receipt_that_comes_again_is_kept_and_told_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_restored_from_an_old_backup_is_given_its_receipt_and_goes_on() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let mut peer = stage.join(plan(Mode::Federated)).await;
+    let frozen = peer.survey(SURVEY).await;
+    peer.assign_update(UPDATE, &frozen).await;
+    peer.take_offer().await;
+    stage.kill(worker).await;
+    stage.back_up();
+
+    let later = TaskId(UPDATE.0 + 1);
+    for _ in 0..2 {
+        let worker = stage.start(|_| ());
+        let mut peer = stage.join(plan(Mode::Federated)).await;
+        let (old, _) = peer.take_offer().await;
+        assert_eq!(old.task, UPDATE);
+        peer.give_receipt(&old).await;
+        peer.assign_update(later, &frozen).await;
+        let (new, _) = peer.take_offer().await;
+        assert_eq!(new.task, later);
+        peer.give_receipt(&new).await;
+        peer.give_receipt(&old).await;
+        peer.finish().await;
+        worker.await.unwrap().unwrap();
+        assert_eq!(stage.receipts().iter().map(|receipt| receipt.task).collect::<Vec<_>>(), [UPDATE, later]);
+        assert!(matches!(stage.lines().last(), Some(Line::Done { receipts: 2, .. })));
+        stage.restore_backup();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_upload_goes_on_from_the_byte_that_the_coordinator_names() {
     let stage = Stage::new();
     let worker = stage.start(|_| ());

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -132,6 +132,17 @@ impl Stage {
     /// The worker's state directory.
     pub(crate) fn state(&self) -> PathBuf {
         self.directory.path().join("worker").join("shard")
+    }
+
+    /// Copies the worker's state directory, as it was when it was killed.
+    pub(crate) fn back_up(&self) {
+        copy(&self.state(), &self.directory.path().join("backup"));
+    }
+
+    /// Puts the copy back in its place.
+    pub(crate) fn restore_backup(&self) {
+        std::fs::remove_dir_all(self.state()).unwrap();
+        copy(&self.directory.path().join("backup"), &self.state());
     }
 
     /// Starts the worker, with an invitation unless `change` says otherwise.
@@ -295,6 +306,17 @@ impl Relay {
     pub(crate) async fn cut(self) {
         self.task.abort();
         assert!(self.task.await.unwrap_err().is_cancelled());
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let to = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &to),
+            false => drop(std::fs::copy(entry.path(), to).unwrap()),
+        }
     }
 }
 
