@@ -590,13 +590,13 @@ mod tests {
     use crate::state::StateDir;
     use crate::store::run::Attachment;
     use crate::store::testing::{SCHEMA, assigned, committed, held, model, started, surveyed};
-    use crate::store::{JournaledRun, open_journaled_run};
+    use crate::store::{OpenedRun, open_run, real_disks};
     use certs::IdentityKey;
     use protocol::messages::{EnrolRequest, Refusal};
     use protocol::plan::{LearningPlan, Plan, RoundsSpec};
 
     /// A fleet of one, of which one round is committed; the model of the next is as large as `bytes`.
-    fn history(state: &StateDir, bytes: usize) -> JournaledRun {
+    fn history(state: &StateDir, bytes: usize) -> OpenedRun {
         let mut registrar = Registrar::open(state).unwrap();
         let wish = InvitationWish { addresses: vec!["h".into()], uses: 2, expires: None };
         let token = registrar.invite(&wish, None).unwrap().token;
@@ -606,7 +606,7 @@ mod tests {
         registrar.revoke("shard").unwrap();
 
         let plan = Plan::new(LearningPlan::default(), RoundsSpec::default()).unwrap();
-        let mut opened = open_journaled_run(state, &plan, false, false).unwrap();
+        let mut opened = open_run(state, &plan, false, false, &real_disks()).unwrap();
         let store = &mut opened.loaded.store;
         let first = model(0, 100);
         let (task, late, bad) = (TaskId::new(1, 1), TaskId::new(1, 2), TaskId::new(1, 3));

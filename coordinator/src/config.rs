@@ -37,6 +37,7 @@ pub const KEYS: &[&str] = &[
     "strategy.kind",
     "rounds.min_workers",
     "rounds.fraction",
+    "rounds.over_select",
     "rounds.quorum",
     "rounds.deadline_s",
     "rounds.durability",
@@ -339,9 +340,12 @@ impl Settings {
         Ok(RoundsSpec {
             min_workers: self.get("rounds.min_workers")?,
             fraction: self.get("rounds.fraction")?.unwrap_or(default.fraction),
+            over_select: self.get("rounds.over_select")?.unwrap_or(default.over_select),
             quorum: self.get("rounds.quorum")?.unwrap_or(default.quorum),
             deadline: deadline.map_err(|_| self.refuse("rounds.deadline_s", "1 to 604800 seconds"))?,
-            durability: self.choose("rounds.durability", &[("round", Durability::Round)])?.unwrap_or_default(),
+            durability: self
+                .choose("rounds.durability", &[("round", Durability::Round), ("update", Durability::Update)])?
+                .unwrap_or_default(),
         })
     }
 }
@@ -499,9 +503,10 @@ mod tests {
             [rounds]
             min_workers = 3
             fraction = 1
+            over_select = 0.3
             quorum = 0.5
             deadline_s = 1.5
-            durability = "round"
+            durability = "update"
             [tls]
             strict_pq = true
         "#;
@@ -517,6 +522,7 @@ mod tests {
         assert_eq!((plan.learning.train.rounds, plan.learning.train.batch_size), (16, BatchSize::Full));
         assert_eq!(plan.learning.train.seed, u64::MAX);
         assert_eq!(plan.rounds.deadline, Some(Duration::from_millis(1500)));
+        assert_eq!((plan.rounds.over_select, plan.rounds.durability), (0.3, Durability::Update));
     }
 
     #[test]
@@ -564,7 +570,10 @@ mod tests {
             refused("[train]\nmode = \"gradient\"\nlocal_epochs = 2").starts_with("run.toml:3: train.local_epochs")
         );
         assert!(refused("[data]\nlabel = \"y\"\ndrop = [\"y\"]").starts_with("run.toml:3: data.drop"));
-        assert!(refused("[rounds]\ndurability = \"update\"").contains("expected \"round\""));
+        assert!(refused("[rounds]\ndurability = \"never\"").contains("expected \"round\" or \"update\""));
+        assert!(
+            refused("[rounds]\nover_select = 1.5").contains("rounds.over_select is 1.5, expected a number from 0 to 1")
+        );
     }
 
     #[test]

@@ -81,7 +81,7 @@ impl Core {
                 Output::Wait(alarm) => {
                     self.alarm = alarm;
                     let no = self.gates.sync()?;
-                    return Some(Effect::Job(Job::Sync(no, Box::new(self.machine.checkpoint()))));
+                    return Some(Effect::Job(Job::Sync(no)));
                 }
             }
         }
@@ -122,19 +122,20 @@ impl Core {
     /// Does what the workshop does of an act, and hands on what others do of it.
     fn release(&mut self, act: Act) {
         let job = match &act {
-            Act::Forget { task } => Some(Job::Forget(*task)),
+            Act::Forget { task, hash } => Some(Job::Forget(*task, *hash)),
             Act::Step { round, tasks } => Some(Job::Step(*round, tasks.clone())),
             Act::Finish { evaluation } => Some(Job::Finish(*evaluation)),
-            Act::Fold { task, weight } => return self.work(Job::Fold(*task, *weight)),
+            Act::Fold { task, hash, weight } => return self.work(Job::Fold(*task, *hash, *weight)),
             Act::Merge { surveys } => return self.work(Job::Merge(surveys.clone())),
             Act::Train { round, rows } => return self.work(Job::Train(*round, rows.clone())),
-            Act::Fail { sentence } => return self.work(Job::Abort(sentence.clone())),
             Act::Welcome { .. }
             | Act::Assign { .. }
             | Act::Send { .. }
             | Act::Receipt { .. }
             | Act::Receive { .. }
             | Act::Close { .. }
+            | Act::Conflict { .. }
+            | Act::Fail { .. }
             | Act::End => None,
         };
         self.ready.push_back(Effect::Act(act));
@@ -212,7 +213,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use protocol::evaluation::EvaluationSummary;
-    use protocol::federation::Checkpoint;
     use protocol::ids::{ConnId, Instance, RunId, WorkerId};
     use protocol::plan::{LearningPlan, Plan, RoundsSpec};
 
@@ -229,16 +229,13 @@ mod tests {
 
     fn core() -> Core {
         let plan = Plan::new(LearningPlan::default(), RoundsSpec::default()).unwrap();
-        let checkpoint = Checkpoint::new(RunId([1; 16]), plan.hash());
-        Core::new(Federation::new(plan, checkpoint, 1))
+        Core::new(Federation::new(plan, RunId([1; 16])))
     }
 
     /// The syncs that the core asks for now.
     fn syncs(core: &mut Core) -> Vec<u64> {
         let effects = std::iter::from_fn(|| core.next());
-        effects
-            .filter_map(|effect| if let Effect::Job(Job::Sync(no, _)) = effect { Some(no.0) } else { None })
-            .collect()
+        effects.filter_map(|effect| if let Effect::Job(Job::Sync(no)) = effect { Some(no.0) } else { None }).collect()
     }
 
     #[test]
@@ -350,13 +347,14 @@ mod tests {
     #[test]
     fn an_act_that_the_workshop_does_is_a_job_after_what_connections_do_of_it() {
         let mut core = core();
-        core.release(Act::Forget { task: protocol::ids::TaskId(7) });
-        core.release(Act::Fold { task: protocol::ids::TaskId(8), weight: 1 });
+        let hash = protocol::ids::Hash([1; 32]);
+        core.release(Act::Forget { task: protocol::ids::TaskId(7), hash });
+        core.release(Act::Fold { task: protocol::ids::TaskId(8), hash, weight: 1 });
         let effects: Vec<Effect> = std::iter::from_fn(|| core.next()).collect();
         assert!(
             matches!(
                 effects[..],
-                [Effect::Act(Act::Forget { .. }), Effect::Job(Job::Forget(_)), Effect::Job(Job::Fold(..))]
+                [Effect::Act(Act::Forget { .. }), Effect::Job(Job::Forget(..)), Effect::Job(Job::Fold(..))]
             ),
             "{effects:?}"
         );

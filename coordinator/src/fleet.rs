@@ -25,7 +25,7 @@ use transport::{CloseCode, Connection, TrafficTotals};
 use crate::conn::{Door, FromConn, Joined, Received, Saying, Ticket};
 use crate::control::Command;
 use crate::core::{Core, Effect};
-use crate::intake::{Declared, Part, Spools};
+use crate::intake::{Declared, Part, Spools, resume_from};
 use crate::registry::Worker;
 use crate::show::{Show, StatusPage};
 use crate::telemetry::{Direction, Kind, WorkerState, lossy};
@@ -61,6 +61,20 @@ pub enum FleetError {
     /// The workshop's thread ended, which is a bug of ours; it has said where.
     #[error("the workshop ended unexpectedly")]
     NoWorkshop,
+    /// A round that was made again gave another model.
+    #[error(
+        "round {round} was committed as model {recorded}, and made again of the same updates it is {redone}: this machine or \
+         program computes otherwise than the one that made it; {recorded} is the one that receipts were given for: bring \
+         its file back from a backup, or go on with the program and the kind of machine that made it, or begin anew with --new-run"
+    )]
+    Conflict {
+        /// The round.
+        round: u32,
+        /// What the journal records.
+        recorded: Hash,
+        /// What came of it now.
+        redone: Hash,
+    },
     /// A task names a content that is not there.
     #[error("content {0:?} is to be streamed and is not there")]
     NoContent(Hash),
@@ -113,6 +127,8 @@ pub struct Fleet {
     revoked: BTreeSet<WorkerId>,
     /// Who does not read what it is told.
     deaf: Vec<ConnId>,
+    /// The workshop found the disk full.
+    workshop_waits: bool,
     course: Course,
     seen: Seen,
 }
@@ -195,6 +211,7 @@ impl Fleet {
             newest: None,
             revoked: BTreeSet::new(),
             deaf: Vec::new(),
+            workshop_waits: false,
             course: Course::Running,
             seen: Seen::default(),
         }
@@ -208,6 +225,7 @@ impl Fleet {
         let mut shutdown = pin!(shutdown);
         let (mut stopped, mut workshop_lives) = (false, true);
         let mut look = tokio::time::interval(LOOK_EVERY);
+        let mut room = self.world.door.short_of_room.subscribe();
         self.await_workshop(&mut inbox).await;
         self.drain();
         while !self.has_parted() {
@@ -221,6 +239,7 @@ impl Fleet {
                     }
                 },
                 Some(command) = inbox.commands.recv() => self.obey(command),
+                Ok(()) = room.changed() => self.look_for_room(self.workshop_waits),
                 () = sleep_until(self.began, self.core.alarm()) => self.input(Input::Tick),
                 _ = look.tick() => self.look_around(),
                 () = &mut shutdown, if !stopped => {
@@ -312,8 +331,8 @@ impl Fleet {
                 self.uploads.early.remove(&(conn, receipt.task));
                 self.say(conn, Saying::Receipt(receipt));
             }
-            Act::Receive { conn, task, kind, hash, bytes } => self.receive(conn, task, kind, hash, bytes),
-            Act::Forget { task } => {
+            Act::Receive { conn, task, kind, hash, bytes, go } => self.receive(conn, task, kind, hash, bytes, go),
+            Act::Forget { task, .. } => {
                 self.uploads.expected.remove(&task);
             }
             // Nobody begins from this model any more; the step needs the memory.
@@ -321,7 +340,11 @@ impl Fleet {
             Act::Close { conn, why } => self.close(conn, &why),
             Act::Finish { evaluation } => self.course = Course::Finishing(evaluation),
             // The workshop's alone.
-            Act::Fold { .. } | Act::Merge { .. } | Act::Train { .. } | Act::Fail { .. } => {}
+            Act::Fold { .. } | Act::Merge { .. } | Act::Train { .. } => {}
+            Act::Fail { sentence } => self.part(CloseCode::Done, Err(FleetError::Failed(sentence))),
+            Act::Conflict { round, recorded, redone } => {
+                self.part(CloseCode::Internal, Err(FleetError::Conflict { round, recorded, redone }));
+            }
             Act::End => self.part(CloseCode::GoingAway, Ok(Outcome::Stopped)),
         }
     }
@@ -455,11 +478,22 @@ impl Fleet {
         self.input(Input::Joined { conn, worker: id, name, weight_max, instance });
     }
 
-    fn receive(&mut self, conn: ConnId, task: TaskId, kind: TaskKind, hash: Hash, bytes: u64) {
+    /// Waits for a payload; a large one is asked for from where an earlier stream of it ended.
+    fn receive(&mut self, conn: ConnId, task: TaskId, kind: TaskKind, hash: Hash, bytes: u64, go: bool) {
         let (ring, schema, spools) =
             (self.core.machine().plan().ring, self.world.schema.clone(), self.world.spools.clone());
         let declared = Declared { task, kind, hash, bytes, ring, schema, spools };
-        self.uploads.expect(conn, declared, None);
+        let goes_on = go && kind != TaskKind::Rows;
+        let found = if goes_on { resume_from(&declared.spools.run, task, hash, bytes) } else { Ok(None) };
+        let part = found.unwrap_or_else(|error| {
+            tracing::warn!("what came of task {task} before cannot be gone on with: {error}");
+            None
+        });
+        let from = part.as_ref().map_or(0, Part::from);
+        self.uploads.expect(conn, declared, part);
+        if go {
+            self.say(conn, Saying::Message(ToWorker::Go { task, hash, from }));
+        }
     }
 
     fn received(&mut self, ticket: u64, task: TaskId, received: Received) {
@@ -468,7 +502,7 @@ impl Fleet {
         match received {
             Received::Whole(payload) => {
                 let norm = payload.norm();
-                self.job(Job::Keep(task, payload));
+                self.job(Job::Keep(task, hash, payload));
                 self.input(Input::Verified { task, hash, norm });
             }
             Received::Spoiled(refusal) => self.input(Input::Spoiled { task, hash, refusal }),
@@ -486,10 +520,11 @@ impl Fleet {
             Done::Learned(input) => self.input(input),
             Done::Sealed(content) => self.offer(content),
             Done::Schema(schema) => self.world.schema = Some(schema),
-            Done::Synced { no, bytes, took } => self.synced(no, bytes, took),
+            Done::Synced { no, bytes, on_disk: _, took } => self.synced(no, bytes, took),
+            Done::DiskFull => self.look_for_room(true),
+            Done::DiskBack => self.look_for_room(false),
             Done::Spooled(bytes) => self.world.door.telemetry.metrics.spool_bytes.set(lossy(bytes)),
             Done::Written(path) => self.written(&path),
-            Done::Aborted(sentence) => self.part(CloseCode::Done, Err(FleetError::Failed(sentence))),
             Done::Broken(error) => self.part(CloseCode::Internal, Err(error.into())),
         }
     }
@@ -502,6 +537,13 @@ impl Fleet {
             self.contents.retain(|hash, content| content.kind != Kind::Model || Some(*hash) == former);
         }
         self.contents.insert(content.reference.hash, content);
+    }
+
+    /// Pauses the run while anything waits for room on the disk.
+    fn look_for_room(&mut self, workshop_waits: bool) {
+        self.workshop_waits = workshop_waits;
+        let uploads_wait = *self.world.door.short_of_room.borrow() > 0;
+        self.input(if workshop_waits || uploads_wait { Input::DiskFull } else { Input::DiskBack });
     }
 
     /// Opens the gates of all that waited for this event or an earlier one.

@@ -257,8 +257,14 @@ pub struct Payload {
 #[derive(Debug)]
 enum Place {
     Memory(Vec<u8>),
+    /// Rows, which are never on disk in the clear.
+    Secret(Vec<u8>),
     Spooled(String),
-    Sealed { file: File, id: ContentId, key: ContentKey },
+    Sealed {
+        file: File,
+        id: ContentId,
+        key: ContentKey,
+    },
 }
 
 impl Payload {
@@ -298,7 +304,7 @@ impl Payload {
         if let Place::Spooled(part) = &self.place { Some(part) } else { None }
     }
 
-    /// What is in memory of it, if all of it is.
+    /// What is in memory of it, if all of it is and may be written down.
     #[must_use]
     pub fn memory(&self) -> Option<&[u8]> {
         if let Place::Memory(bytes) = &self.place { Some(bytes) } else { None }
@@ -316,7 +322,7 @@ impl Payload {
     ) -> Result<(), StateError> {
         let unreadable = |error| StateError::io(Path::new("spool"), "read back from")(error);
         match &self.place {
-            Place::Memory(bytes) => {
+            Place::Memory(bytes) | Place::Secret(bytes) => {
                 see(bytes);
                 Ok(())
             }
@@ -481,6 +487,7 @@ impl Spool {
                 Place::Spooled(part.name)
             }
             SpoolPlace::Sealed { file: Some(file), id, key, .. } => Place::Sealed { file, id, key },
+            _ if declared.kind == TaskKind::Rows => Place::Secret(self.buffer),
             SpoolPlace::Memory | SpoolPlace::Named(None) | SpoolPlace::Sealed { file: None, .. } => {
                 Place::Memory(self.buffer)
             }
@@ -770,7 +777,7 @@ mod tests {
             let mut file = match &payload.place {
                 Place::Sealed { file, .. } => file.try_clone().unwrap(),
                 Place::Spooled(part) => File::open(home.spools.run.join(part)).unwrap(),
-                Place::Memory(_) => panic!("not spooled"),
+                Place::Memory(_) | Place::Secret(_) => panic!("not spooled"),
             };
             let mut stored = Vec::new();
             file.rewind().unwrap();

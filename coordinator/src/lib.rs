@@ -34,7 +34,8 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use learning::{DESCRIPTION_FILE, Schema};
-use protocol::federation::{Checkpoint, Federation};
+use protocol::federation::{Federation, Input, Summary};
+use protocol::ids::{Hash, RunId, Time};
 use protocol::invitation::Invitation;
 use protocol::layout::from_bytes;
 use protocol::plan::{Durability, LearningPlan, Plan};
@@ -52,9 +53,9 @@ use crate::fleet::{Fleet, FleetError, Inbox, World, fresh_spool};
 use crate::intake::Spools;
 use crate::show::{Look, Show, StatusPage};
 use crate::state::{StateDir, StateError};
-use crate::store::{OpenedRun, RunError, Snapshot, open_run};
+use crate::store::{Disks, Loaded, ModelState, OpenedRun, RunError, open_run, real_disks};
 use crate::telemetry::Telemetry;
-use crate::workshop::{Done, Places, Workshop, WorkshopError, write_model};
+use crate::workshop::{Done, Workshop, WorkshopError, write_model};
 
 /// Events of connections that may wait for the loop.
 const EVENTS_MAX: usize = 1024;
@@ -80,6 +81,8 @@ pub struct Options {
     pub look: Look,
     /// For tests: no flag and no variable sets it.
     pub taps: Taps,
+    /// For tests and benchmarks: the disk that a run's store is on, if not the real one.
+    pub disks: Option<Disks>,
     /// Told once workers can come in.
     pub listening: Option<oneshot::Sender<Bound>>,
 }
@@ -94,8 +97,8 @@ impl Options {
     /// Options without an audience, taps or a default place: for fleets in tests.
     #[must_use]
     pub fn quiet(settings: RunSettings) -> Self {
-        let (default_join, json, listening) = (None, None, None);
-        Self { settings, default_join, json, look: Look::Silent, taps: Taps::default(), listening }
+        let (default_join, json, disks, listening) = (None, None, None, None);
+        Self { settings, default_join, json, look: Look::Silent, taps: Taps::default(), disks, listening }
     }
 }
 
@@ -162,24 +165,33 @@ pub async fn run(mut options: Options, shutdown: impl Future<Output = ()>) -> Re
     let state = StateDir::open(&settings.state)?;
     let registrar = Registrar::open(&state)?;
     let start = state.count_start()?;
-    let opened = open_run(&state, &plan, settings.new_run, settings.exit_when_done)?;
+    let disks = options.disks.take().unwrap_or_else(real_disks);
+    let mut opened = open_run(&state, &plan, settings.new_run, settings.exit_when_done, &disks)?;
     let rounds = plan.learning.train.rounds;
     let mut show = Show::new(options.json.take(), options.look.clone(), rounds);
-    for damaged in &opened.damaged {
-        show.say(&format!("warning: {damaged}; going on from the checkpoint before it"));
+    for warning in &opened.loaded.warnings {
+        show.say(&format!("warning: {warning}"));
     }
     let model_dir = state.file("model");
-    if let Some((last, learning)) = &opened.finished {
-        write_if_missing(&model_dir, learning, last)?;
+    if let Some(finished) = opened.finished.take() {
+        write_if_missing(&model_dir, &finished.learning, &finished.summary, &finished.schema, finished.state.as_ref())?;
     }
-    if opened.from.checkpoint.finished.is_some() {
-        tell_again(&mut show, &opened.from.checkpoint, &model_dir);
+    let machine = replay(plan.clone(), opened.run, &opened.loaded);
+    if opened.loaded.whole.is_none() && machine.summary().finished.is_some() {
+        tell_again(&mut show, &machine.summary(), &model_dir);
         return Ok(Outcome::Finished);
     }
     let telemetry = Telemetry::new();
     telemetry.metrics.starts.increment(start.into());
-    let began = Began { state, registrar, opened, start, show, telemetry, model_dir };
+    let began = Began { state, registrar, opened, machine, start, show, telemetry, model_dir };
     began.run(options, plan, shutdown).await
+}
+
+/// The run as its journal has it.
+fn replay(plan: Plan, run: RunId, loaded: &Loaded) -> Federation {
+    let mut machine = Federation::new(plan, run);
+    loaded.events.iter().for_each(|event| machine.apply(event));
+    machine
 }
 
 /// A coordinator that has its state and does not listen yet.
@@ -187,6 +199,7 @@ struct Began {
     state: StateDir,
     registrar: Registrar,
     opened: OpenedRun,
+    machine: Federation,
     start: u32,
     show: Show,
     telemetry: Telemetry,
@@ -213,17 +226,17 @@ impl Sockets {
 
 impl Began {
     async fn run(mut self, options: Options, plan: Plan, shutdown: impl Future<Output = ()>) -> Result<Outcome, Error> {
-        // The snapshots end here: held on, they would keep a model in memory that nobody needs.
-        let OpenedRun { dir, from, damaged: _, finished: _ } = self.opened;
-        let run_dir = dir.path().to_owned();
-        let places = Places { run: run_dir.clone(), model: self.model_dir };
-        let (workshop, done) = Workshop::new(plan.clone(), Box::new(dir), places, &from, self.telemetry.clone())?;
-        let checkpoint = from.checkpoint;
-        drop((from.schema, from.model, from.server));
+        // What the store has loaded ends here: held on to, it would keep a model in memory that nobody needs.
+        let OpenedRun { path, loaded, .. } = self.opened;
+        let Loaded { store, schema, state, whole, .. } = loaded;
+        let mut machine = self.machine;
+        machine.handle(Time(0), Input::Start { start: self.start, whole });
+        let durable = plan.rounds.durability == Durability::Update;
+        let (workshop, done) = Workshop::new(plan, store, self.model_dir, schema, state, self.telemetry.clone())?;
+        check_model(machine.summary().model, workshop.model())?;
         let schema = workshop.schema();
         let workshop = workshop.spawn(done)?;
-        let durable = plan.rounds.durability == Durability::Update;
-        let spools = Arc::new(Spools { run: run_dir, rows: fresh_spool(self.state.file("spool"))?, durable });
+        let spools = Arc::new(Spools { run: path, rows: fresh_spool(self.state.file("spool"))?, durable });
         let sockets = Sockets::bind(&options, &self.state, &self.registrar).await?;
         let Sockets { address, http_address, .. } = sockets;
         let invitation = invite_locally(&mut self.registrar, &self.state, address)?;
@@ -231,8 +244,7 @@ impl Began {
             invite_by_default(place, &invitation, &self.state).unwrap_or_else(|warning| self.show.say(&warning));
         }
 
-        let (figures, frozen) = (checkpoint.figures, checkpoint.frozen);
-        let machine = Federation::new(plan, checkpoint, self.start);
+        let Summary { figures, frozen, .. } = machine.summary();
         self.telemetry.restore(frozen.as_ref(), figures.as_ref());
         if let Some(figures) = &figures {
             self.show.round(figures);
@@ -255,6 +267,11 @@ impl Began {
         let _ = std::fs::remove_file(self.state.file("control.sock"));
         Ok(outcome?)
     }
+}
+
+/// The model that the journal names is the one that is there.
+fn check_model(named: Option<Hash>, present: Option<Hash>) -> Result<(), WorkshopError> {
+    if named == present { Ok(()) } else { Err(WorkshopError::OtherModel { named, present }) }
 }
 
 /// What runs beside the event loop.
@@ -382,26 +399,31 @@ async fn renew(door: Arc<Door>) {
 }
 
 /// Tells the result of a finished run again.
-fn tell_again(show: &mut Show, checkpoint: &Checkpoint, model_dir: &Path) {
-    if let Some(figures) = &checkpoint.figures {
+fn tell_again(show: &mut Show, last: &Summary, model_dir: &Path) {
+    if let Some(figures) = &last.figures {
         show.round(figures);
     }
-    if let (Some(evaluation), Some(model)) = (&checkpoint.finished, checkpoint.model) {
-        let rounds = u32::try_from(checkpoint.rounds.len()).unwrap_or(u32::MAX);
-        show.done(rounds, evaluation, model, model_dir);
+    if let (Some(evaluation), Some(model)) = (&last.finished, last.model) {
+        show.done(last.round, evaluation, model, model_dir);
     }
 }
 
 /// Writes the model of a finished run whose process ended between the last commit and the writing.
-fn write_if_missing(directory: &Path, learning: &LearningPlan, last: &Snapshot) -> Result<(), Error> {
-    let (Some(evaluation), Some(hash)) = (last.checkpoint.finished, last.checkpoint.model) else { return Ok(()) };
+fn write_if_missing(
+    directory: &Path,
+    learning: &LearningPlan,
+    last: &Summary,
+    schema: &[u8],
+    state: Option<&ModelState>,
+) -> Result<(), Error> {
+    let (Some(evaluation), Some(hash), Some(state)) = (last.finished, last.model, state) else { return Ok(()) };
     let description = state::read_small(&directory.join(DESCRIPTION_FILE))?.unwrap_or_default();
     if String::from_utf8_lossy(&description).contains(&hash.to_string()) {
         return Ok(());
     }
     let unusable = |error: String| Error::Workshop(WorkshopError::Unusable(error));
-    let schema = Schema::from_bytes(&last.schema).map_err(|error| unusable(error.to_string()))?;
-    let weights = from_bytes(&last.model).ok_or_else(|| unusable("the model is cut".to_owned()))?;
+    let schema = Schema::from_bytes(schema).map_err(|error| unusable(error.to_string()))?;
+    let weights = from_bytes(&state.model).ok_or_else(|| unusable("the model is cut".to_owned()))?;
     Ok(write_model(directory, &learning.model, schema, evaluation, weights)?)
 }
 

@@ -357,6 +357,12 @@ impl Show {
                 self.line(&Line::Resumed);
                 self.say("goes on");
             }
+            Notice::TakenUp { round: 0, held, open } => {
+                self.say(&format!("the survey goes on: {held} of {} answers are here", held + open));
+            }
+            Notice::TakenUp { round, held, open } => {
+                self.say(&format!("round {round} goes on: {held} of {} updates are held", held + open));
+            }
             Notice::Waiting { have, need } => {
                 self.line(&Line::Waiting { workers: *have, needed: *need });
                 let lacking = need.saturating_sub(*have);

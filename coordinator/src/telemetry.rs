@@ -504,6 +504,7 @@ impl Telemetry {
             | Notice::Gone { .. }
             | Notice::Countdown { .. }
             | Notice::Waiting { .. }
+            | Notice::TakenUp { .. }
             | Notice::Resumed => {}
         }
     }

@@ -4,10 +4,13 @@
 //! a commit announces was sealed before the commit is reported synced. The model exists as raw bytes; it becomes
 //! numbers only for a step, so that at most four and a half models are in memory: the bytes, the sum (two models
 //! wide), the sealed copy that is streamed, and one more while a step runs.
+//!
+//! A full disk holds up this thread and nothing else: a [`Job`] that found no room comes back from [`Workshop::work`],
+//! and is done again until there is some.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,7 +19,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use learning::{DESCRIPTION_FILE, MergeError, Network, Rows, SavedModel, Schema, Survey, TaskKey, WEIGHTS_FILE, merge};
 use protocol::evaluation::EvaluationSummary;
-use protocol::federation::{Checkpoint, Event, EventNo, Frozen, Input, SurveyOutcome};
+use protocol::federation::{Event, EventNo, Frozen, Input, SurveyOutcome};
 use protocol::ids::{ContentId, Hash, TaskId, WorkerId, WorkerName};
 use protocol::layout::{LayoutError, from_bytes, to_bytes};
 use protocol::limits::RECORD_BYTES_MAX;
@@ -24,37 +27,38 @@ use protocol::messages::{ContentKey, ContentRef};
 use protocol::plan::{ModelSpec, Plan};
 use protocol::session::{BroadcastSealer, Flag, RecordError};
 use protocol::strategy::{ServerState, step};
-use protocol::sum::{Sum, SumError, weight_shift};
+use protocol::sum::{Sum, SumError, Verified, Verifier, weight_shift};
 use tokio::sync::mpsc;
 
 use crate::intake::Payload;
 use crate::state::{StateError, make_private_dir, write_durably};
-use crate::store::{Snapshot, Store};
+use crate::store::{Attachment, ModelState, RunStore, StoreError};
 use crate::telemetry::{Kind, Telemetry};
+
+/// How long a job waits for room on a full disk before it is tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Something to be done. One at a time, in order.
 #[derive(Debug)]
 pub enum Job {
-    /// Hand a fact to the store.
+    /// Hand a fact to the store, with what belongs to it.
     Append(Event),
     /// Keep a payload that was verified.
-    Keep(TaskId, Payload),
+    Keep(TaskId, Hash, Payload),
     /// Drop it.
-    Forget(TaskId),
+    Forget(TaskId, Hash),
     /// Fold it into the sum, with its weight.
-    Fold(TaskId, u32),
+    Fold(TaskId, Hash, u32),
     /// Merge the surveys, by name.
-    Merge(Vec<(TaskId, WorkerId, WorkerName)>),
+    Merge(Vec<(TaskId, Hash, WorkerId, WorkerName)>),
     /// Take the server step of a round, whose updates are those of these tasks.
     Step(u32, Vec<TaskId>),
     /// Train a round on the rows of these tasks, by name.
     Train(u32, Vec<TaskId>),
     /// Make everything durable, up to this event.
-    Sync(EventNo, Box<Checkpoint>),
+    Sync(EventNo),
     /// Write the model for whoever wants to use it.
     Finish(EvaluationSummary),
-    /// Remember that the run was given up.
-    Abort(String),
 }
 
 /// What came of it.
@@ -72,8 +76,10 @@ pub enum Done {
     Synced {
         /// The event.
         no: EventNo,
-        /// The checkpoint's size.
+        /// How much was made durable.
         bytes: u64,
+        /// How much the run takes on the disk.
+        on_disk: u64,
         /// How long it took.
         took: Duration,
     },
@@ -81,8 +87,10 @@ pub enum Done {
     Spooled(u64),
     /// The model is in this directory.
     Written(PathBuf),
-    /// The abort is remembered, with its reason.
-    Aborted(String),
+    /// The disk is full: jobs wait.
+    DiskFull,
+    /// There is room again.
+    DiskBack,
     /// The disk is broken, or we are.
     Broken(WorkshopError),
 }
@@ -93,6 +101,9 @@ pub enum WorkshopError {
     /// The disk.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The run's store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// A verified payload did not go into the sum.
     #[error("task {0}: a verified update cannot be folded: {1}")]
     Fold(TaskId, SumError),
@@ -102,8 +113,8 @@ pub enum WorkshopError {
     /// What a checkpoint holds does not make a model.
     #[error("the run's schema or model cannot be used: {0}")]
     Unusable(String),
-    /// The checkpoint names another model than there is.
-    #[error("the checkpoint names model {named:?}, there is {present:?}")]
+    /// A commit names another model than there is.
+    #[error("the journal names model {named:?}, there is {present:?}")]
     OtherModel {
         /// What it names.
         named: Option<Hash>,
@@ -160,8 +171,7 @@ struct Frame {
 /// The thread's state.
 pub struct Workshop {
     plan: Plan,
-    store: Box<dyn Store>,
-    run_dir: PathBuf,
+    store: RunStore,
     model_dir: PathBuf,
     telemetry: Telemetry,
     done: mpsc::UnboundedSender<Done>,
@@ -173,7 +183,7 @@ pub struct Workshop {
     model_hash: Option<Hash>,
     server: Option<ServerState>,
     sum: Option<Sum>,
-    payloads: BTreeMap<TaskId, Payload>,
+    payloads: BTreeMap<TaskId, Kept>,
     /// In `central` mode: the union of the shared rows, once it was needed.
     rows: Option<Rows>,
 }
@@ -182,15 +192,6 @@ impl std::fmt::Debug for Workshop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Workshop").field("model", &self.model_hash).finish_non_exhaustive()
     }
-}
-
-/// Where the workshop keeps things.
-#[derive(Clone, Debug)]
-pub struct Places {
-    /// The run's directory.
-    pub run: PathBuf,
-    /// Where the finished model goes.
-    pub model: PathBuf,
 }
 
 /// How the event loop speaks to the workshop.
@@ -203,36 +204,36 @@ pub struct WorkshopHandle {
 }
 
 impl Workshop {
-    /// Goes on from `from`.
+    /// Goes on from `schema` and `state`, as the store has them; `model_dir` is where the finished model goes.
     ///
     /// # Errors
-    /// If what it holds makes no model.
+    /// If they make no model.
     pub fn new(
         plan: Plan,
-        store: Box<dyn Store>,
-        places: Places,
-        from: &Snapshot,
+        store: RunStore,
+        model_dir: PathBuf,
+        schema: Arc<[u8]>,
+        state: Option<ModelState>,
         telemetry: Telemetry,
     ) -> Result<(Self, mpsc::UnboundedReceiver<Done>), WorkshopError> {
         let (done, results) = mpsc::unbounded_channel();
         let mut workshop = Self {
             plan,
             store,
-            run_dir: places.run,
-            model_dir: places.model,
+            model_dir,
             telemetry,
             done,
             frame: None,
-            schema: from.schema.clone(),
-            model: from.model.clone(),
-            model_hash: from.checkpoint.model,
+            schema,
+            model: Arc::from([]),
+            model_hash: None,
             server: None,
             sum: None,
             payloads: BTreeMap::new(),
             rows: None,
         };
-        if from.checkpoint.frozen.is_some() {
-            workshop.restore(&from.server)?;
+        if let Some(state) = state {
+            workshop.restore(state)?;
         }
         Ok((workshop, results))
     }
@@ -243,6 +244,12 @@ impl Workshop {
         self.frame.as_ref().map(|frame| frame.schema.clone())
     }
 
+    /// The newest model, if there is one yet.
+    #[must_use]
+    pub fn model(&self) -> Option<Hash> {
+        self.model_hash
+    }
+
     /// Moves the workshop to a thread of its own. It ends when the last job's sender is dropped.
     ///
     /// # Errors
@@ -250,26 +257,59 @@ impl Workshop {
     pub fn spawn(mut self, done: mpsc::UnboundedReceiver<Done>) -> io::Result<WorkshopHandle> {
         let (jobs, mut queue) = mpsc::unbounded_channel();
         std::thread::Builder::new().name("workshop".to_owned()).spawn(move || {
-            self.seal_all().unwrap_or_else(|error| self.say(Done::Broken(error)));
-            self.say(Done::Ready);
+            self.begin().unwrap_or_else(|error| self.say(Done::Broken(error)));
             while let Some(job) = queue.blocking_recv() {
-                if let Err(error) = self.work(job) {
-                    self.say(Done::Broken(error));
+                self.persist(job);
+                if queue.is_empty() {
+                    self.flush().unwrap_or_else(|error| self.say(Done::Broken(error)));
                 }
             }
         })?;
         Ok(WorkshopHandle { jobs, done })
     }
 
-    fn restore(&mut self, server: &[u8]) -> Result<(), WorkshopError> {
+    /// Seals what was saved, so that it can be streamed.
+    ///
+    /// # Errors
+    /// If it cannot be.
+    pub fn begin(&mut self) -> Result<(), WorkshopError> {
+        self.seal_all()?;
+        self.say(Done::Ready);
+        Ok(())
+    }
+
+    /// Does a job, however long there is no room for it.
+    fn persist(&mut self, job: Job) {
+        let mut next = Some(job);
+        let mut told = false;
+        while let Some(job) = next.take() {
+            match self.work(job) {
+                Ok(again) => next = again,
+                Err(error) => self.say(Done::Broken(error)),
+            }
+            if next.is_some() {
+                if !std::mem::replace(&mut told, true) {
+                    self.say(Done::DiskFull);
+                }
+                std::thread::sleep(RETRY_AFTER);
+            }
+        }
+        if told {
+            self.say(Done::DiskBack);
+        }
+    }
+
+    fn restore(&mut self, state: ModelState) -> Result<(), WorkshopError> {
         let unusable = |error: &dyn std::fmt::Display| WorkshopError::Unusable(error.to_string());
         let schema = Schema::from_bytes(&self.schema).map_err(|error| unusable(&error))?;
         let frame = Frame::new(&self.plan, schema).map_err(|error| unusable(&error))?;
-        let present = frame.network.layout().model_hash(&self.model);
-        if self.model.len() as u64 != frame.network.layout().bytes() || Some(present) != self.model_hash {
-            return Err(WorkshopError::OtherModel { named: self.model_hash, present: Some(present) });
+        let (got, expected) = (state.model.len() as u64, frame.network.layout().bytes());
+        if got != expected {
+            return Err(unusable(&format!("the model has {got} bytes, expected {expected}")));
         }
-        let server = ServerState::from_bytes(&self.plan.learning, frame.parameters(), server);
+        self.model_hash = Some(frame.network.layout().model_hash(&state.model));
+        self.model = state.model;
+        let server = ServerState::from_bytes(&self.plan.learning, frame.parameters(), &state.server);
         self.server = Some(server.map_err(|error| unusable(&error))?);
         self.frame = Some(frame);
         Ok(())
@@ -280,62 +320,137 @@ impl Workshop {
         let _ = self.done.send(done);
     }
 
-    fn work(&mut self, job: Job) -> Result<(), WorkshopError> {
-        match job {
-            Job::Append(event) => self.store.append(&event)?,
-            Job::Keep(task, payload) => {
-                self.payloads.insert(task, payload);
-                self.say_spooled();
-            }
-            Job::Forget(task) => {
-                if let Some(payload) = self.payloads.remove(&task) {
-                    self.discard(&payload);
-                    self.say_spooled();
+    /// Does a job. It comes back if the disk is full: nothing is lost, and it is to be done again, before any other.
+    ///
+    /// # Errors
+    /// If the disk is broken, or we are.
+    pub fn work(&mut self, job: Job) -> Result<Option<Job>, WorkshopError> {
+        let stored = match job {
+            Job::Append(event) => self.append(&event).map_err(|error| (error, Job::Append(event))),
+            Job::Keep(task, hash, payload) => match self.take_over(task, hash, &payload) {
+                Ok(()) => {
+                    self.keep(task, payload);
+                    Ok(())
                 }
+                Err(error) => Err((error, Job::Keep(task, hash, payload))),
+            },
+            Job::Sync(no) => self.sync(no).map_err(|error| (error, Job::Sync(no))),
+            Job::Finish(evaluation) => self.finish(evaluation).map_err(|error| (error, Job::Finish(evaluation))),
+            Job::Forget(task, _) => {
+                self.forget(task);
+                Ok(())
             }
-            Job::Fold(task, weight) => self.fold(task, weight)?,
-            Job::Merge(surveys) => self.merge(surveys)?,
-            Job::Step(round, tasks) => self.step(round, &tasks)?,
-            Job::Train(round, rows) => self.train(round, rows)?,
-            Job::Sync(no, checkpoint) => self.sync(no, *checkpoint)?,
-            Job::Finish(evaluation) => self.finish(evaluation)?,
-            Job::Abort(sentence) => {
-                write_durably(&self.run_dir.join("aborted"), format!("{sentence}\n").as_bytes())?;
-                self.say(Done::Aborted(sentence));
-            }
+            Job::Fold(task, hash, weight) => return self.fold(task, hash, weight).map(|()| None),
+            Job::Merge(surveys) => return self.merge(surveys).map(|()| None),
+            Job::Step(round, tasks) => return self.step(round, &tasks).map(|()| None),
+            Job::Train(round, rows) => return self.train(round, rows).map(|()| None),
+        };
+        match stored {
+            Ok(()) => Ok(None),
+            Err((error, job)) if error.is_full() => Ok(Some(job)),
+            Err((error, _)) => Err(error),
         }
-        Ok(())
     }
 
-    fn open(&self, part: &str) -> io::Result<fs::File> {
-        fs::File::open(self.run_dir.join(part))
+    /// Writes what was collected.
+    ///
+    /// # Errors
+    /// If the disk is broken. One that is full is no error: it is written with the next job, or the one after.
+    pub fn flush(&mut self) -> Result<(), WorkshopError> {
+        match self.store.flush() {
+            Err(error) if !error.is_full() => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 
-    /// Of what was used nothing stays; nor would it be used again if it could not be removed.
-    fn discard(&self, payload: &Payload) {
-        if let Some(part) = payload.part() {
-            let _ = fs::remove_file(self.run_dir.join(part));
+    // --- payloads ---
+
+    /// Gives a payload that is in a file of the run's directory to the store.
+    fn take_over(&mut self, task: TaskId, hash: Hash, payload: &Payload) -> Result<(), WorkshopError> {
+        Ok(payload.part().map_or(Ok(()), |part| self.store.keep(task, hash, part))?)
+    }
+
+    fn keep(&mut self, task: TaskId, payload: Payload) {
+        let kept = match payload.part() {
+            None => Kept::Here(payload),
+            Some(_) => Kept::Stored { verified: payload.verified().copied(), bytes: payload.bytes() },
+        };
+        self.payloads.insert(task, kept);
+        self.say_spooled();
+    }
+
+    fn forget(&mut self, task: TaskId) {
+        if self.payloads.remove(&task).is_some() {
+            self.say_spooled();
         }
     }
 
     fn say_spooled(&self) {
-        self.say(Done::Spooled(self.payloads.values().map(Payload::bytes).sum()));
+        self.say(Done::Spooled(self.payloads.values().map(Kept::bytes).sum()));
+    }
+
+    /// A held update, to be read from its beginning, and what lets it into the sum; none if it is not what was held. One
+    /// that an earlier process took in is verified again.
+    fn update(&mut self, task: TaskId, hash: Hash) -> Result<Option<(Verified, Source)>, WorkshopError> {
+        match self.payloads.remove(&task) {
+            Some(Kept::Here(payload)) => {
+                let verified = *payload.verified().ok_or(WorkshopError::Missing(task))?;
+                Ok(Some((verified, Source::Here(payload))))
+            }
+            Some(Kept::Stored { verified: Some(verified), .. }) => {
+                Ok(self.store.payload(task, hash)?.map(|stored| (verified, Source::Stored(stored))))
+            }
+            Some(Kept::Stored { verified: None, .. }) => Err(WorkshopError::Missing(task)),
+            None => {
+                let Some(verified) = self.verify_again(task, hash)? else { return Ok(None) };
+                Ok(self.store.payload(task, hash)?.map(|stored| (verified, Source::Stored(stored))))
+            }
+        }
+    }
+
+    fn verify_again(&self, task: TaskId, hash: Hash) -> Result<Option<Verified>, WorkshopError> {
+        let Some(stored) = self.store.payload(task, hash)? else { return Ok(None) };
+        let bytes = self.frame()?.network.layout().bytes();
+        let mut verifier = Verifier::new(self.plan.ring, bytes, hash);
+        let mut sound = true;
+        let read = Source::Stored(stored).read(|chunk| sound = sound && verifier.update(chunk).is_ok());
+        if let Err(error) = read {
+            tracing::warn!("the held payload of task {task} cannot be read back: {error}");
+            return Ok(None);
+        }
+        Ok(if sound { verifier.finish().ok() } else { None })
+    }
+
+    /// A held survey; none if it is not what was held.
+    fn survey(&self, task: TaskId, hash: Hash) -> Result<Option<Survey>, WorkshopError> {
+        let mut bytes = Vec::new();
+        match self.payloads.get(&task) {
+            Some(Kept::Here(payload)) => payload.read(not_here, |chunk| bytes.extend_from_slice(chunk))?,
+            _ => match self.store.payload(task, hash)? {
+                Some(stored) => Source::Stored(stored).read(|chunk| bytes.extend_from_slice(chunk))?,
+                None => return Ok(None),
+            },
+        }
+        // It was read once already, when it came.
+        let survey = || Survey::from_bytes(&bytes).map_err(|error| WorkshopError::Unusable(error.to_string()));
+        (Hash::of(&bytes) == hash).then(survey).transpose()
     }
 
     // --- the survey ---
 
-    fn merge(&mut self, surveys: Vec<(TaskId, WorkerId, WorkerName)>) -> Result<(), WorkshopError> {
+    fn merge(&mut self, surveys: Vec<(TaskId, Hash, WorkerId, WorkerName)>) -> Result<(), WorkshopError> {
         let mut by_name = BTreeMap::new();
         let mut ids = BTreeMap::new();
-        for (task, worker, name) in surveys {
-            let payload = self.payloads.remove(&task).ok_or(WorkshopError::Missing(task))?;
-            let survey = Survey::from_bytes(&payload.to_vec(|part| self.open(part))?);
-            // It was read once already, when it came.
-            let survey = survey.map_err(|error| WorkshopError::Unusable(error.to_string()))?;
-            self.discard(&payload);
+        let tasks: Vec<TaskId> = surveys.iter().map(|(task, ..)| *task).collect();
+        for (task, hash, worker, name) in surveys {
+            let Some(survey) = self.survey(task, hash)? else {
+                self.say(Done::Learned(Input::Lost { task, hash }));
+                return Ok(());
+            };
             ids.insert(name.to_string(), worker);
             by_name.insert(name.to_string(), survey);
         }
+        tasks.iter().for_each(|task| drop(self.payloads.remove(task)));
         self.say_spooled();
         let outcome = match merge(&by_name, &self.plan.learning.data) {
             Ok(frozen) => self.freeze(frozen, &by_name)?,
@@ -418,18 +533,18 @@ impl Workshop {
 
     // --- rounds ---
 
-    fn fold(&mut self, task: TaskId, weight: u32) -> Result<(), WorkshopError> {
-        let payload = self.payloads.remove(&task).ok_or(WorkshopError::Missing(task))?;
-        let verified = *payload.verified().ok_or(WorkshopError::Missing(task))?;
+    fn fold(&mut self, task: TaskId, hash: Hash, weight: u32) -> Result<(), WorkshopError> {
+        let Some((verified, source)) = self.update(task, hash)? else {
+            self.say(Done::Learned(Input::Lost { task, hash }));
+            return Ok(());
+        };
         let parameters = self.frame()?.parameters();
         let ring = self.plan.ring;
         let sum = self.sum.get_or_insert_with(|| Sum::new(ring, parameters));
         let broken = |error| WorkshopError::Fold(task, error);
-        let run = &self.run_dir;
         let mut fold = sum.begin(task, weight, &verified).map_err(broken)?;
-        payload.read(|part| fs::File::open(run.join(part)), |chunk| fold.add(chunk))?;
+        source.read(|chunk| fold.add(chunk))?;
         fold.finish().map_err(broken)?;
-        self.discard(&payload);
         self.say_spooled();
         self.say(Done::Learned(Input::Folded { task }));
         Ok(())
@@ -485,8 +600,10 @@ impl Workshop {
         let schema = self.frame()?.schema.clone();
         let mut rows = Rows::new(&schema);
         for task in tasks {
-            let payload = self.payloads.remove(&task).ok_or(WorkshopError::Missing(task))?;
-            append_rows(&mut rows, &payload, &schema, |part| self.open(part))?;
+            let Some(Kept::Here(payload)) = self.payloads.remove(&task) else {
+                return Err(WorkshopError::Missing(task));
+            };
+            append_rows(&mut rows, &payload, &schema)?;
         }
         self.rows = Some(rows);
         self.say_spooled();
@@ -495,15 +612,39 @@ impl Workshop {
 
     // --- what survives ---
 
-    fn sync(&mut self, no: EventNo, checkpoint: Checkpoint) -> Result<(), WorkshopError> {
-        if checkpoint.model != self.model_hash {
-            return Err(WorkshopError::OtherModel { named: checkpoint.model, present: self.model_hash });
+    fn append(&mut self, event: &Event) -> Result<(), WorkshopError> {
+        let state = if event.makes_model() { Some(self.state(event)?) } else { None };
+        let attachment = match (event, &state) {
+            (Event::Surveyed { .. }, Some(state)) => Attachment::First { schema: &self.schema, state },
+            (_, Some(state)) => Attachment::Model(state),
+            (Event::Held { task, .. }, None) => {
+                let attached = self.payloads.get(task).and_then(Kept::attachment);
+                attached.map_or(Attachment::None, Attachment::Payload)
+            }
+            _ => Attachment::None,
+        };
+        Ok(self.store.append(event, attachment)?)
+    }
+
+    /// What a commit stands for.
+    fn state(&self, event: &Event) -> Result<ModelState, WorkshopError> {
+        let named = match event {
+            Event::Surveyed { model, .. } => Some(*model),
+            Event::Committed { figures, .. } => Some(figures.model),
+            // The machine has compared it with the one that it was.
+            _ => self.model_hash,
+        };
+        if named != self.model_hash {
+            return Err(WorkshopError::OtherModel { named, present: self.model_hash });
         }
-        let began = Instant::now();
         let server = self.server.as_ref().map(ServerState::to_bytes).unwrap_or_default();
-        let snapshot = Snapshot { checkpoint, schema: self.schema.clone(), model: self.model.clone(), server };
-        let bytes = self.store.sync(&snapshot)?;
-        self.say(Done::Synced { no, bytes, took: began.elapsed() });
+        Ok(ModelState { model: self.model.clone(), server })
+    }
+
+    fn sync(&mut self, no: EventNo) -> Result<(), WorkshopError> {
+        let began = Instant::now();
+        let bytes = self.store.sync()?;
+        self.say(Done::Synced { no, bytes, on_disk: self.store.bytes_on_disk(), took: began.elapsed() });
         Ok(())
     }
 
@@ -512,6 +653,71 @@ impl Workshop {
         write_model(&self.model_dir, &self.plan.learning.model, schema, evaluation, self.weights()?)?;
         self.say(Done::Written(self.model_dir.clone()));
         Ok(())
+    }
+}
+
+/// A payload that is waited with.
+#[derive(Debug)]
+enum Kept {
+    /// It is in memory, or in a file that only this process can read.
+    Here(Payload),
+    /// The store has it.
+    Stored { verified: Option<Verified>, bytes: u64 },
+}
+
+impl Kept {
+    fn bytes(&self) -> u64 {
+        match self {
+            Self::Here(payload) => payload.bytes(),
+            Self::Stored { bytes, .. } => *bytes,
+        }
+    }
+
+    /// What goes into the journal with the record that says that it is held.
+    fn attachment(&self) -> Option<&[u8]> {
+        match self {
+            Self::Here(payload) => payload.memory(),
+            Self::Stored { .. } => None,
+        }
+    }
+}
+
+/// What is in a file of the run's directory is read through the store.
+fn not_here(part: &str) -> io::Result<File> {
+    Err(io::Error::new(io::ErrorKind::NotFound, format!("{part} is the store's")))
+}
+
+/// Where a payload is read from.
+enum Source {
+    Here(Payload),
+    Stored(Box<dyn Read + Send>),
+}
+
+impl Source {
+    /// Hands all of it to `see`, in order, in pieces.
+    fn read(self, mut see: impl FnMut(&[u8])) -> Result<(), StateError> {
+        let mut stored = match self {
+            Self::Here(payload) => return payload.read(not_here, see),
+            Self::Stored(stored) => stored,
+        };
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match stored.read(&mut buffer).map_err(StateError::io(Path::new("a held payload"), "read back"))? {
+                0 => return Ok(()),
+                read => see(&buffer[..read]),
+            }
+        }
+    }
+}
+
+impl WorkshopError {
+    /// Whether all that it takes is room on the disk.
+    fn is_full(&self) -> bool {
+        match self {
+            Self::Store(error) => error.is_full(),
+            Self::State(error) => matches!(error, StateError::Full { .. }),
+            _ => false,
+        }
     }
 }
 
@@ -528,16 +734,11 @@ impl Frame {
 }
 
 /// Adds a payload's rows; its pieces end anywhere.
-fn append_rows(
-    rows: &mut Rows,
-    payload: &Payload,
-    schema: &Schema,
-    open: impl FnOnce(&str) -> io::Result<fs::File>,
-) -> Result<(), WorkshopError> {
+fn append_rows(rows: &mut Rows, payload: &Payload, schema: &Schema) -> Result<(), WorkshopError> {
     let row_bytes = rows.row_bytes();
     let mut pending = Vec::new();
     let mut refused = None;
-    payload.read(open, |piece| {
+    payload.read(not_here, |piece| {
         pending.extend_from_slice(piece);
         let whole = pending.len() - pending.len() % row_bytes;
         if refused.is_none() {
@@ -604,14 +805,15 @@ pub fn write_model(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use std::fs;
 
     use learning::{Dataset, MIN_COUNT, Table};
-    use protocol::federation::CommittedRound;
+    use protocol::federation::{HeldUpdate, RoundFigures};
     use protocol::ids::RunId;
+    use protocol::messages::Metrics;
     use protocol::plan::{LearningPlan, RoundsSpec};
-    use protocol::sum::Verifier;
 
-    use crate::store::Memory;
+    use crate::store::{Loaded, RealDisk};
 
     fn plan() -> Plan {
         Plan::new(LearningPlan::default(), RoundsSpec::default()).unwrap()
@@ -633,22 +835,26 @@ mod tests {
         done: mpsc::UnboundedReceiver<Done>,
     }
 
-    fn bench(from: &Snapshot) -> Bench {
-        let home = tempfile::tempdir().unwrap();
-        let places = Places { run: home.path().to_owned(), model: home.path().join("model") };
-        let store = Box::new(Memory::default());
-        let (workshop, done) = Workshop::new(plan(), store, places, from, Telemetry::new()).unwrap();
+    fn load(home: &Path) -> Loaded {
+        let path = home.join("run");
+        fs::create_dir_all(&path).unwrap();
+        RunStore::open(Box::new(RealDisk::new(&path).unwrap()), RunId([1; 16]), plan().hash(), || 0).unwrap()
+    }
+
+    fn bench_in(home: tempfile::TempDir) -> Bench {
+        let Loaded { store, schema, state, .. } = load(home.path());
+        let model_dir = home.path().join("model");
+        let (workshop, done) = Workshop::new(plan(), store, model_dir, schema, state, Telemetry::new()).unwrap();
         Bench { home, workshop, done }
     }
 
-    fn unbegun() -> Snapshot {
-        let checkpoint = Checkpoint::new(RunId([1; 16]), plan().hash());
-        Snapshot { checkpoint, schema: Arc::from([]), model: Arc::from([]), server: Vec::new() }
+    fn bench() -> Bench {
+        bench_in(tempfile::tempdir().unwrap())
     }
 
     impl Bench {
         fn work(&mut self, job: Job) -> Vec<Done> {
-            self.workshop.work(job).unwrap();
+            assert!(self.workshop.work(job).unwrap().is_none(), "there is room");
             std::iter::from_fn(|| self.done.try_recv().ok()).collect()
         }
 
@@ -656,8 +862,8 @@ mod tests {
             let mut named = Vec::new();
             for (at, (name, bytes)) in (0u8..).zip(surveys) {
                 let task = TaskId(at.into());
-                self.work(Job::Keep(task, Payload::in_memory(bytes.clone(), None)));
-                named.push((task, WorkerId([at; 16]), name.parse().unwrap()));
+                self.work(Job::Keep(task, Hash::of(bytes), Payload::in_memory(bytes.clone(), None)));
+                named.push((task, Hash::of(bytes), WorkerId([at; 16]), name.parse().unwrap()));
             }
             let mut done = self.work(Job::Merge(named));
             let Some(Done::Learned(Input::Surveyed(outcome))) = done.pop() else { panic!("no outcome") };
@@ -671,15 +877,40 @@ mod tests {
             (frozen, model)
         }
 
-        fn fold(&mut self, task: u64, value: f32, weight: u32) {
+        /// Keeps an update of one value, and says that it is held.
+        fn hold(&mut self, task: u64, value: f32, weight: u32) -> Hash {
             let numbers = vec![value; self.workshop.frame().unwrap().parameters()];
             let bytes = to_bytes(&numbers);
-            let mut verifier = Verifier::new(plan().ring, bytes.len() as u64, Hash::of(&bytes));
+            let (task, hash, length) = (TaskId(task), Hash::of(&bytes), bytes.len() as u64);
+            let mut verifier = Verifier::new(plan().ring, length, hash);
             verifier.update(&bytes).unwrap();
             let payload = Payload::in_memory(bytes, Some(verifier.finish().unwrap()));
-            self.work(Job::Keep(TaskId(task), payload));
-            let done = self.work(Job::Fold(TaskId(task), weight));
+            self.work(Job::Keep(task, hash, payload));
+            let metrics = Metrics::default();
+            let update = HeldUpdate { hash, bytes: length, examples: 1, weight, norm: 1.0, metrics };
+            self.work(Job::Append(Event::Held { task, update: Box::new(update) }));
+            hash
+        }
+
+        fn fold(&mut self, task: u64, value: f32, weight: u32) {
+            let hash = self.hold(task, value, weight);
+            self.fold_held(task, hash, weight);
+        }
+
+        fn fold_held(&mut self, task: u64, hash: Hash, weight: u32) {
+            let done = self.work(Job::Fold(TaskId(task), hash, weight));
             assert!(matches!(done.last(), Some(Done::Learned(Input::Folded { task: t })) if t.0 == task), "{done:?}");
+        }
+
+        fn commit(&mut self, event: Event) {
+            self.work(Job::Append(event));
+            let done = self.work(Job::Sync(EventNo(9)));
+            assert!(matches!(done[..], [Done::Synced { no: EventNo(9), .. }]), "{done:?}");
+        }
+
+        /// The process dies, and another begins.
+        fn restart(self) -> Self {
+            bench_in(self.home)
         }
 
         fn step(&mut self, tasks: &[u64]) -> Hash {
@@ -692,7 +923,7 @@ mod tests {
 
     #[test]
     fn a_survey_becomes_a_schema_a_model_and_two_sealed_contents() {
-        let mut bench = bench(&unbegun());
+        let mut bench = bench();
         let home = bench.home.path().to_owned();
         let surveys = [("a", survey(&home, "a", "y", 10)), ("b", survey(&home, "b", "y", 20))];
         let (outcome, done) = bench.merge(&surveys);
@@ -710,7 +941,7 @@ mod tests {
 
     #[test]
     fn workers_that_contradict_each_other_are_named() {
-        let mut bench = bench(&unbegun());
+        let mut bench = bench();
         let home = bench.home.path().to_owned();
         let surveys = [("a", survey(&home, "a", "y", 10)), ("b", survey(&home, "b", "target", 10))];
         let (SurveyOutcome::Disagreed(sentence), _) = bench.merge(&surveys) else { panic!("they agree") };
@@ -719,7 +950,7 @@ mod tests {
 
     #[test]
     fn a_fleet_of_one_class_cannot_learn() {
-        let mut bench = bench(&unbegun());
+        let mut bench = bench();
         let surveys = [("a", survey(bench.home.path(), "a", "y", 99))];
         assert!(matches!(bench.merge(&surveys).0, SurveyOutcome::Impossible(_)));
     }
@@ -728,7 +959,7 @@ mod tests {
     fn the_order_of_folds_does_not_change_the_model_and_the_next_round_starts_empty() {
         let updates = [(1, 0.5, 3), (2, -0.25, 5), (3, 1e-3, 7)];
         let model = |order: [usize; 3]| {
-            let mut bench = bench(&unbegun());
+            let mut bench = bench();
             bench.freeze();
             for at in order {
                 let (task, value, weight) = updates[at];
@@ -742,37 +973,61 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_is_where_the_next_start_goes_on() {
-        let mut before = bench(&unbegun());
-        let (frozen, _) = before.freeze();
+    fn the_next_start_goes_on_from_the_last_commit_with_what_was_held() {
+        let mut before = bench();
+        let (frozen, first) = before.freeze();
+        before.commit(Event::Surveyed { frozen, model: first });
         before.fold(1, 0.5, 3);
         let model = before.step(&[1]);
-        let rounds = vec![CommittedRound { model, entries: Vec::new() }];
-        let checkpoint = Checkpoint {
-            frozen: Some(frozen),
-            model: Some(model),
-            rounds,
-            ..Checkpoint::new(RunId([1; 16]), plan().hash())
+        let figures = RoundFigures {
+            round: 1,
+            workers: 1,
+            examples: 1,
+            train_loss: None,
+            evaluation: EvaluationSummary::default(),
+            seconds: 0.0,
+            model,
         };
-        let done = before.work(Job::Sync(EventNo(9), Box::new(checkpoint)));
-        assert!(matches!(done[..], [Done::Synced { no: EventNo(9), .. }]), "{done:?}");
-        let (Some(snapshot), _) = before.workshop.store.load().unwrap() else { panic!("nothing was kept") };
+        before.commit(Event::Committed { entries: Vec::new(), figures: Box::new(figures) });
+        let hash = before.hold(2, 0.25, 1);
+        before.workshop.flush().unwrap();
 
-        let mut after = bench(&snapshot);
-        before.fold(2, 0.25, 1);
-        after.fold(2, 0.25, 1);
-        assert_eq!(before.step(&[2]), after.step(&[2]));
+        let mut after = before.restart();
+        assert_eq!(after.workshop.model(), Some(model));
+        after.fold_held(2, hash, 1);
+        let mut undisturbed = bench();
+        undisturbed.freeze();
+        undisturbed.fold(1, 0.5, 3);
+        undisturbed.step(&[1]);
+        undisturbed.fold(2, 0.25, 1);
+        assert_eq!(after.step(&[2]), undisturbed.step(&[2]));
+    }
 
-        let mut damaged = snapshot;
-        damaged.model = vec![0; damaged.model.len()].into();
-        let places = Places { run: after.home.path().to_owned(), model: after.home.path().to_owned() };
-        let refused = Workshop::new(plan(), Box::new(Memory::default()), places, &damaged, Telemetry::new());
+    #[test]
+    fn what_was_held_and_is_not_there_any_more_or_is_something_else_is_lost_and_not_folded() {
+        let mut bench = bench();
+        let (frozen, model) = bench.freeze();
+        bench.commit(Event::Surveyed { frozen, model });
+        let hash = bench.hold(1, 0.5, 3);
+        let mut after = bench.restart();
+        for (task, hash) in [(TaskId(1), Hash([9; 32])), (TaskId(7), hash)] {
+            let done = after.work(Job::Fold(task, hash, 3));
+            let [Done::Learned(Input::Lost { task: lost, hash: named })] = done[..] else { panic!("{done:?}") };
+            assert_eq!((lost, named), (task, hash));
+        }
+    }
+
+    #[test]
+    fn a_commit_of_another_model_than_there_is_is_not_written() {
+        let mut bench = bench();
+        let (frozen, _) = bench.freeze();
+        let refused = bench.workshop.work(Job::Append(Event::Surveyed { frozen, model: Hash([9; 32]) }));
         assert!(matches!(refused, Err(WorkshopError::OtherModel { .. })));
     }
 
     #[test]
     fn a_finished_model_can_be_used_by_whoever_reads_the_directory() {
-        let mut bench = bench(&unbegun());
+        let mut bench = bench();
         let (_, model) = bench.freeze();
         let done = bench.work(Job::Finish(EvaluationSummary::default()));
         let [Done::Written(path)] = &done[..] else { panic!("{done:?}") };

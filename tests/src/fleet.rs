@@ -85,19 +85,19 @@ impl Fleet {
         runs
     }
 
-    /// The checkpoints of the only run, the oldest first.
+    /// The model files of the only run, the oldest first.
     #[must_use]
-    pub fn checkpoints(&self) -> Vec<PathBuf> {
+    pub fn models(&self) -> Vec<PathBuf> {
         let runs = self.runs();
         assert_eq!(runs.len(), 1, "{runs:?}");
         let entries = std::fs::read_dir(&runs[0]).unwrap().map(|entry| entry.unwrap().path());
         // One that is still being written has an ending.
-        let is_checkpoint = |path: &PathBuf| {
-            path.file_name().unwrap().to_string_lossy().starts_with("checkpoint-") && path.extension().is_none()
+        let is_model = |path: &PathBuf| {
+            path.file_name().unwrap().to_string_lossy().starts_with("model-") && path.extension().is_none()
         };
-        let mut checkpoints: Vec<_> = entries.filter(is_checkpoint).collect();
-        checkpoints.sort();
-        checkpoints
+        let mut models: Vec<_> = entries.filter(is_model).collect();
+        models.sort();
+        models
     }
 }
 

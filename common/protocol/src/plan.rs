@@ -153,9 +153,11 @@ pub enum Durability {
 pub struct RoundsSpec {
     /// Start the moment so many workers are in; without it, when two are in and no third came for 10 s.
     pub min_workers: Option<u32>,
-    /// The share of the fleet that a round selects, in (0, 1].
+    /// The share of the fleet whose updates a round wants, in (0, 1].
     pub fraction: f64,
-    /// The share of the selected whose updates make a round, in (0, 1].
+    /// How many more than wanted are selected, as a share of them, in 0 ..= 1: the slowest are told that they are late.
+    pub over_select: f64,
+    /// The share of the wanted updates that make a round when its deadline has passed, in (0, 1].
     pub quorum: f64,
     /// How long a round waits for its last update; without it, three times the p95 of what rounds took.
     pub deadline: Option<Duration>,
@@ -165,7 +167,14 @@ pub struct RoundsSpec {
 
 impl Default for RoundsSpec {
     fn default() -> Self {
-        Self { min_workers: None, fraction: 1.0, quorum: 0.8, deadline: None, durability: Durability::Round }
+        Self {
+            min_workers: None,
+            fraction: 1.0,
+            over_select: 0.0,
+            quorum: 0.8,
+            deadline: None,
+            durability: Durability::Round,
+        }
     }
 }
 
@@ -257,6 +266,8 @@ fn check_rounds(rounds: &RoundsSpec) -> Result<(), PlanError> {
     let workers = rounds.min_workers.unwrap_or(1);
     check((1..=UPDATES_MAX).contains(&workers), "rounds.min_workers", workers, format!("1 to {UPDATES_MAX}"))?;
     check(share(rounds.fraction), "rounds.fraction", rounds.fraction, "above 0 and at most 1")?;
+    let over = rounds.over_select;
+    check((0.0..=1.0).contains(&over), "rounds.over_select", over, "a number from 0 to 1")?;
     check(share(rounds.quorum), "rounds.quorum", rounds.quorum, "above 0 and at most 1")?;
     let deadline = rounds.deadline.unwrap_or(Duration::from_secs(60));
     let fits = (Duration::from_secs(1)..=Duration::from_secs(7 * 24 * 3600)).contains(&deadline);
@@ -288,6 +299,8 @@ mod tests {
         assert_eq!(key(|_, r| r.quorum = 1.5), "rounds.quorum");
         assert_eq!(key(|_, r| r.fraction = 0.0), "rounds.fraction");
         assert_eq!(key(|_, r| r.fraction = f64::NAN), "rounds.fraction");
+        assert_eq!(key(|_, r| r.over_select = -0.1), "rounds.over_select");
+        assert_eq!(key(|_, r| r.over_select = f64::NAN), "rounds.over_select");
         assert_eq!(key(|_, r| r.min_workers = Some(0)), "rounds.min_workers");
         assert_eq!(key(|_, r| r.deadline = Some(Duration::ZERO)), "rounds.deadline_s");
         assert_eq!(key(|l, _| l.train.batch_size = BatchSize::Rows(0)), "train.batch_size");

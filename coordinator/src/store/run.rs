@@ -228,6 +228,9 @@ impl RunStore {
         self.commit_unsynced = false;
         if self.replaces {
             self.replaces = false;
+            // One that is kept and not yet said to be held is still open.
+            let open = &self.index.open;
+            self.kept.retain(|task, _| open.contains(task));
             self.strip_old_parts()?;
             self.tidy()?;
         }
@@ -296,9 +299,9 @@ impl RunStore {
     /// What the model is made of, the model, the record that names it: each durable before the next.
     fn commit(&mut self, event: &Event, state: &ModelState) -> Result<(), StoreError> {
         let (round, hash) = self.index.model_of(event).expect("only what makes a model comes with one");
-        self.refuse_second(round, hash)?;
         let is_large = state.model.len() + state.server.len() + 8 > self.limits.attached_bytes;
         if is_large {
+            self.refuse_second(round, hash)?;
             self.flush()?;
             crash::point("journal-sync.before");
             self.journal.sync(self.disk.as_mut())?;

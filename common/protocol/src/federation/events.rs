@@ -220,7 +220,7 @@ pub enum Event {
         /// The round.
         round: u32,
     },
-    /// A survey came to nothing and will be done again.
+    /// A survey came to nothing, or work was not wholly given out when the process ended: it will begin anew.
     Voided,
     /// The run is over, and its last model was evaluated.
     Finished {
@@ -246,7 +246,7 @@ impl Event {
     /// Whether what people and workers are told rests on this being durable: the store syncs for it.
     #[must_use]
     pub fn is_commit(&self) -> bool {
-        self.makes_model() || matches!(self, Self::Finished { .. })
+        self.makes_model() || matches!(self, Self::Finished { .. } | Self::Aborted { .. })
     }
 
     /// Whether a model stands with this, which the store keeps beside it.
@@ -267,6 +267,8 @@ pub enum Pause {
     Refused(Vec<(WorkerName, Refusal)>),
     /// The workers contradict each other.
     Disagreed(String),
+    /// The coordinator's disk is full. What is held stays held.
+    DiskFull,
 }
 
 impl fmt::Display for Pause {
@@ -280,6 +282,7 @@ impl fmt::Display for Pause {
                 write!(f, "the updates of {} were refused", each.collect::<Vec<_>>().join(", "))
             }
             Self::Disagreed(sentence) => f.write_str(sentence),
+            Self::DiskFull => f.write_str("the coordinator's disk is full: make room, and it goes on by itself"),
         }
     }
 }
@@ -405,6 +408,15 @@ pub enum Notice {
     Paused(Pause),
     /// It goes on.
     Resumed,
+    /// Work that an earlier process of the coordinator began goes on.
+    TakenUp {
+        /// The round; 0 for a survey.
+        round: u32,
+        /// How many payloads are held.
+        held: u32,
+        /// How many are waited for.
+        open: u32,
+    },
     /// Too few workers are in for anything to begin.
     Waiting {
         /// How many are in.
@@ -453,6 +465,14 @@ impl fmt::Display for Gone {
 /// What the shell learned.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Input {
+    /// The process has started and every event of the journal was applied: the first input.
+    Start {
+        /// The durable count of starts, this one included.
+        start: u32,
+        /// The round whose model is whole, if a newer one is damaged; 0 for the first model. At most
+        /// [`super::REVERT_MAX`] rounds back.
+        whole: Option<u32>,
+    },
     /// A session is up and its worker has said [`FromWorker::Join`].
     Joined {
         /// The connection.
@@ -524,6 +544,13 @@ pub enum Input {
         /// Its task.
         task: TaskId,
     },
+    /// A held payload cannot be read back, or is not what was held.
+    Lost {
+        /// Its task.
+        task: TaskId,
+        /// The hash of what was held.
+        hash: Hash,
+    },
     /// The surveys were merged.
     Surveyed(SurveyOutcome),
     /// The new model of a round is made.
@@ -547,6 +574,10 @@ pub enum Input {
         /// Whose.
         worker: WorkerId,
     },
+    /// There is no room on the disk. What is to be written waits.
+    DiskFull,
+    /// There is room again.
+    DiskBack,
     /// An operator gives the run up.
     Abort,
     /// An operator stops the process; the run goes on at the next start.
@@ -616,23 +647,29 @@ pub enum Act {
         hash: Hash,
         /// Its length.
         bytes: u64,
+        /// Whether its worker waits for [`ToWorker::Go`], which names how much of it is here already.
+        go: bool,
     },
     /// Drop what was spooled or is being received for a task.
     Forget {
         /// Which.
         task: TaskId,
+        /// The payload's hash.
+        hash: Hash,
     },
-    /// Fold a held update into the round's sum, then say `Folded`.
+    /// Fold a held update into the round's sum, then say `Folded`, or `Lost` if it cannot be read back as it was held.
     Fold {
         /// Whose.
         task: TaskId,
+        /// The payload's hash.
+        hash: Hash,
         /// With which weight.
         weight: u32,
     },
-    /// Merge the held surveys, in the order given, then say `Surveyed`.
+    /// Merge the held surveys, in the order given, then say `Surveyed`, or `Lost`.
     Merge {
         /// By name.
-        surveys: Vec<(TaskId, WorkerId, WorkerName)>,
+        surveys: Vec<(TaskId, Hash, WorkerId, WorkerName)>,
     },
     /// Take the mean of the round's sum, apply the server step, then say `Stepped`.
     Step {
@@ -660,6 +697,15 @@ pub enum Act {
         /// The last model's evaluation.
         evaluation: EvaluationSummary,
     },
+    /// A round was made again and gave another model than the one that was told of: say both, and end.
+    Conflict {
+        /// The round.
+        round: u32,
+        /// The model that the journal records.
+        recorded: Hash,
+        /// The model that came of the same updates now.
+        redone: Hash,
+    },
     /// The run was given up, or cannot go on: say why and end.
     Fail {
         /// For a person.
@@ -669,49 +715,21 @@ pub enum Act {
     End,
 }
 
-/// What survives a restart: figures and hashes, no tensors.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Checkpoint {
+/// Where a run is, in figures and hashes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
     /// The run.
     pub run: RunId,
-    /// The hash of its plan.
-    pub plan: Hash,
     /// What the survey froze; none before.
     pub frozen: Option<Frozen>,
-    /// The model; none before the survey.
+    /// The newest model; none before the survey.
     pub model: Option<Hash>,
-    /// The committed rounds, the first at index 0.
-    pub rounds: Vec<CommittedRound>,
+    /// Committed rounds.
+    pub round: u32,
     /// The last committed round's figures.
     pub figures: Option<RoundFigures>,
-    /// How long the last rounds took, in seconds: at most [`super::DURATIONS_KEPT`].
-    pub seconds: Vec<f64>,
     /// The last model's evaluation, once the run is over.
     pub finished: Option<EvaluationSummary>,
-}
-
-/// A committed round.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CommittedRound {
-    /// The model that came of it.
-    pub model: Hash,
-    /// The updates in it.
-    pub entries: Vec<Entry>,
-}
-
-impl Checkpoint {
-    /// Of a run that has not begun.
-    #[must_use]
-    pub fn new(run: RunId, plan: Hash) -> Self {
-        Self {
-            run,
-            plan,
-            frozen: None,
-            model: None,
-            rounds: Vec::new(),
-            figures: None,
-            seconds: Vec::new(),
-            finished: None,
-        }
-    }
+    /// Whether the run was given up.
+    pub aborted: bool,
 }

@@ -9,6 +9,9 @@
 //! [`Federation::apply`] and nothing else. Acts name the event they rest on: a shell that appends, syncs and only
 //! then releases cannot announce what is not durable. Whatever is not durable (sessions, timers, payloads on their
 //! way) is one volatile struct that starts empty.
+//!
+//! A restart is a replay: [`Federation::new`], [`Federation::apply`] of every fact that the store has, in order, and
+//! then [`Input::Start`] as the first input, which takes up the open work.
 
 mod events;
 mod offers;
@@ -21,17 +24,17 @@ use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 pub use events::{
-    Act, Assignment, Checkpoint, CommittedRound, Entry, Event, EventNo, Frozen, Gate, Gone, HeldUpdate, Input, Notice,
-    Output, Pause, RoundFigures, Stage, SurveyOutcome, Withdrawal,
+    Act, Assignment, Entry, Event, EventNo, Frozen, Gate, Gone, HeldUpdate, Input, Notice, Output, Pause, RoundFigures,
+    Stage, Summary, SurveyOutcome, Withdrawal,
 };
-pub use state::DURATIONS_KEPT;
+pub use state::{DURATIONS_KEPT, REVERT_MAX};
 
 use crate::ids::{ConnId, Hash, Instance, RunId, TaskId, Time, WorkerId, WorkerName};
 use crate::limits::{NO_STEP_MAX, SILENCE_MAX, UPLOAD_PERMITS};
 use crate::messages::{FromWorker, Leave, ToWorker};
 use crate::plan::Plan;
 use offers::Receiving;
-use state::{Durable, Phase, TaskState};
+use state::{Durable, Phase};
 
 /// One training run.
 #[derive(Debug)]
@@ -51,7 +54,7 @@ struct Volatile {
     outputs: VecDeque<Output>,
     /// How many events were emitted since the start.
     events: u64,
-    /// The last event that a checkpoint stands for: what tells of a model rests on it.
+    /// The last commit: what tells of a model rests on it.
     commit: Option<EventNo>,
     timers: Timers,
     /// Offers that were accepted and whose payload is not held yet.
@@ -77,6 +80,13 @@ struct Volatile {
     fleet_changed: bool,
     /// Surveys are being merged.
     merging: bool,
+    /// The new model of the closed round is being made.
+    stepping: bool,
+    /// When the run paused, if it is paused; and how long the open work has been paused altogether.
+    paused_at: Option<Time>,
+    paused_for: Duration,
+    /// There is no room on the disk: nobody is late meanwhile.
+    disk_full: bool,
     /// In `central` mode: the model that the coordinator made of the open round.
     trained: Option<(Hash, Option<f64>)>,
     /// `GoingAway` was said: nothing new begins.
@@ -145,20 +155,17 @@ pub struct Status {
 }
 
 impl Federation {
-    /// A run as `from` left it; `start` is the durable count of this coordinator's starts, this one included.
-    ///
-    /// # Panics
-    /// If `from` is of another plan: the shell compares them before, and tells the operator.
+    /// A run before its first event. Next: every fact that the store has, and [`Input::Start`].
     #[must_use]
-    pub fn new(plan: Plan, from: Checkpoint, start: u32) -> Self {
-        assert_eq!(from.plan, plan.hash(), "a checkpoint of another plan");
-        Self { plan, durable: Durable::new(start, from), volatile: Volatile::default() }
+    pub fn new(plan: Plan, run: RunId) -> Self {
+        Self { plan, durable: Durable::new(run), volatile: Volatile::default() }
     }
 
     /// Takes in one input. Total: whatever a peer can send gets an answer, a refusal or silence, never a panic.
     pub fn handle(&mut self, now: Time, input: Input) {
         self.volatile.now = now.max(self.volatile.now);
         match input {
+            Input::Start { start, whole } => self.start(start, whole),
             Input::Joined { conn, worker, name, weight_max, instance } => {
                 self.joined(conn, Session::new(worker, name, weight_max, instance, self.volatile.now));
             }
@@ -170,10 +177,13 @@ impl Federation {
             Input::Spoiled { task, hash, refusal } => self.spoiled(task, hash, refusal),
             Input::Cut { task, hash } => self.cut(task, hash),
             Input::Folded { task } => self.fold_done(task),
+            Input::Lost { task, hash } => self.lost(task, hash),
             Input::Surveyed(outcome) => self.surveyed(outcome),
             Input::Stepped { round, model, train_loss } => self.stepped(round, model, train_loss),
             Input::StepFailed { round, sentence } => self.step_failed(round, sentence),
             Input::Revoked { worker } => self.revoked(worker),
+            Input::DiskFull => self.disk_full(),
+            Input::DiskBack => self.disk_back(),
             Input::Abort => self.abort("aborted by the operator".to_owned(), &ToWorker::Aborted),
             Input::Stop => self.stop(),
             Input::Tick => self.tick(),
@@ -188,13 +198,37 @@ impl Federation {
 
     /// The next thing to do. Call until [`Output::Wait`].
     pub fn poll(&mut self) -> Output {
-        self.volatile.outputs.pop_front().unwrap_or_else(|| Output::Wait(self.volatile.timers.next()))
+        self.volatile.outputs.pop_front().unwrap_or_else(|| Output::Wait(self.next_time()))
     }
 
-    /// What a restart would begin from. Meaningful when a commit event was polled (see [`Event::is_commit`]).
+    /// Where the run is, in figures and hashes.
     #[must_use]
-    pub fn checkpoint(&self) -> Checkpoint {
-        self.durable.checkpoint()
+    pub fn summary(&self) -> Summary {
+        let durable = &self.durable;
+        Summary {
+            run: durable.run,
+            frozen: durable.frozen,
+            model: durable.model,
+            round: durable.round(),
+            figures: durable.figures,
+            finished: match &durable.phase {
+                Phase::Finished(evaluation) => Some(*evaluation),
+                _ => None,
+            },
+            aborted: matches!(durable.phase, Phase::Aborted),
+        }
+    }
+
+    /// Whether both have the same durable state, as a run and a replay of its facts must.
+    #[must_use]
+    pub fn agrees_with(&self, other: &Self) -> bool {
+        self.durable == other.durable
+    }
+
+    /// The committed update of a task, and the round that it is in.
+    #[must_use]
+    pub fn committed(&self, task: TaskId) -> Option<(u32, Entry)> {
+        self.durable.committed.get(&task).copied()
     }
 
     /// What an operator is told.
@@ -211,7 +245,7 @@ impl Federation {
             workers: live.map(|session| (session.name.clone(), open.contains(&session.worker))).collect(),
             waiting_for: self.open_tasks().map(|(_, task)| task.name.clone()).collect(),
             permits_in_use: self.volatile.permits_used,
-            paused: self.volatile.paused.as_ref().map(ToString::to_string),
+            paused: self.pause_told().map(|pause| pause.to_string()),
             workers_lacking: self.workers_lacking(),
         }
     }
@@ -270,6 +304,37 @@ impl Federation {
 
     fn send(&mut self, conn: ConnId, message: ToWorker) {
         self.act(Act::Send { conn, message });
+    }
+
+    // --- the start ---
+
+    /// Takes the run up where its journal ends.
+    fn start(&mut self, start: u32, whole: Option<u32>) {
+        let before = Stage::Gathering;
+        self.emit(Event::Started { start });
+        let whole = whole.unwrap_or_else(|| self.durable.round());
+        if self.durable.whole() != whole {
+            self.emit(Event::Reverted { round: whole });
+        }
+        // The end of the journal was lost while work was given out: nobody has done any of it yet.
+        if self.durable.phase.work().is_some_and(|work| work.selected() < work.wanted) {
+            self.emit(Event::Voided);
+        }
+        self.volatile.work_began = self.volatile.now;
+        let stage = self.durable.phase.stage();
+        if stage != before {
+            self.notice(Notice::Stage { stage, before, seconds: 0.0 });
+        }
+        self.take_up();
+    }
+
+    fn take_up(&mut self) {
+        let Some(work) = self.durable.phase.work() else { return };
+        let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let (round, held, open) = (work.round, count(work.held_count()), count(work.open_count()));
+        (self.volatile.begun, self.volatile.fleet_changed) = (true, true);
+        self.notice(Notice::TakenUp { round, held, open });
+        self.fold_all();
     }
 
     // --- sessions ---
@@ -390,6 +455,13 @@ impl Federation {
 
     // --- time ---
 
+    /// When something is due. While the disk is full, no deadline is.
+    fn next_time(&self) -> Option<Time> {
+        let timers = &self.volatile.timers;
+        let deadline = timers.deadline.filter(|_| !self.volatile.disk_full).map(|deadline| deadline.at);
+        [timers.countdown, deadline, timers.sweep].into_iter().flatten().min()
+    }
+
     fn tick(&mut self) {
         if self.volatile.stopping {
             return;
@@ -399,7 +471,8 @@ impl Federation {
             self.volatile.timers.sweep = None;
             self.sweep();
         }
-        if let Some(deadline) = self.volatile.timers.deadline.filter(|deadline| deadline.at <= now) {
+        let due = |deadline: &Deadline| deadline.at <= now && !self.volatile.disk_full;
+        if let Some(deadline) = self.volatile.timers.deadline.filter(due) {
             self.volatile.timers.deadline = None;
             self.deadline_passed(deadline);
         }
@@ -431,19 +504,12 @@ impl Federation {
 
     fn task_is_open(&self, task: TaskId) -> bool {
         let task = self.durable.phase.work().and_then(|work| work.tasks.get(&task));
-        task.is_some_and(|task| task.state == TaskState::Open)
+        task.is_some_and(|task| task.state.is_open())
     }
 }
 
 impl Session {
     fn new(worker: WorkerId, name: WorkerName, weight_max: u32, instance: Instance, now: Time) -> Self {
         Self { worker, name, instance, weight_max, ready: false, heard: now, steps: 0, stepped: now }
-    }
-}
-
-impl Timers {
-    fn next(&self) -> Option<Time> {
-        let deadline = self.deadline.map(|deadline| deadline.at);
-        [self.countdown, deadline, self.sweep].into_iter().flatten().min()
     }
 }

@@ -84,7 +84,8 @@ impl Federation {
         if manifest.run != self.durable.run {
             return Answer::Refuse(Refusal::WrongRun);
         }
-        if let Some((round, entry)) = self.durable.committed.get(&manifest.task) {
+        let lost = self.find(manifest.task).is_some_and(|(_, task)| matches!(task.state, TaskState::Lost(_)));
+        if let Some((round, entry)) = self.durable.committed.get(&manifest.task).filter(|_| !lost) {
             return self.answer_committed(worker, manifest, *round, entry.worker, entry.hash);
         }
         let Some((work, task)) = self.find(manifest.task) else { return Answer::Late };
@@ -97,7 +98,10 @@ impl Federation {
                 Answer::Again(ToWorker::Held { task: manifest.task, hash: manifest.hash })
             }
             TaskState::Held(update) => Answer::Again(ToWorker::AlreadyHeld { task: manifest.task, hash: update.hash }),
-            TaskState::Open => self.answer_open(conn, work, weight_max, manifest),
+            TaskState::Lost(update) if update.hash != manifest.hash => {
+                Answer::Again(ToWorker::AlreadyHeld { task: manifest.task, hash: update.hash })
+            }
+            TaskState::Open | TaskState::Lost(_) => self.answer_open(conn, work, weight_max, manifest),
         }
     }
 
@@ -116,10 +120,9 @@ impl Federation {
         if hash != manifest.hash {
             return Answer::Again(ToWorker::AlreadyHeld { task, hash });
         }
-        let index = usize::try_from(round).unwrap_or(usize::MAX).wrapping_sub(1);
-        let Some(committed) = self.durable.rounds.get(index) else { return Answer::Late };
+        let Some(model_hash) = self.durable.model_of(round) else { return Answer::Late };
         let run = self.durable.run;
-        Answer::Receipt(Box::new(Receipt { run, worker, task, hash, round, model_hash: committed.model }))
+        Answer::Receipt(Box::new(Receipt { run, worker, task, hash, round, model_hash }))
     }
 
     fn answer_open(&self, conn: ConnId, work: &Work, weight_max: u32, manifest: &Manifest) -> Answer {
@@ -196,18 +199,16 @@ impl Federation {
             let waiting = self.volatile.receiving.get_mut(&task).filter(|receiving| receiving.turn == Turn::Queued);
             let Some(receiving) = waiting else { continue };
             receiving.turn = Turn::Granted;
-            let (conn, hash) = (receiving.conn, receiving.update.hash);
             self.volatile.permits_used += 1;
             self.receive(task);
-            self.send(conn, ToWorker::Go { task, hash, from: 0 });
         }
     }
 
     fn receive(&mut self, task: TaskId) {
         if let Some(receiving) = self.volatile.receiving.get(&task) {
-            let (conn, kind) = (receiving.conn, receiving.kind);
+            let (conn, kind, go) = (receiving.conn, receiving.kind, receiving.turn == Turn::Granted);
             let (hash, bytes) = (receiving.update.hash, receiving.update.bytes);
-            self.act(Act::Receive { conn, task, kind, hash, bytes });
+            self.act(Act::Receive { conn, task, kind, hash, bytes, go });
         }
     }
 
@@ -215,7 +216,7 @@ impl Federation {
         // A result of what was replaced or forgotten says nothing of what is held or coming now.
         let Some(mut receiving) = self.received(task, hash) else { return };
         if !self.task_is_open(task) {
-            return self.act(Act::Forget { task });
+            return self.act(Act::Forget { task, hash });
         }
         receiving.update.norm = norm;
         self.hold(receiving.conn, task, receiving.kind, receiving.update);
@@ -226,7 +227,33 @@ impl Federation {
         self.emit(Event::Held { task, update });
         self.promise(Act::Send { conn, message: ToWorker::Held { task, hash } });
         if folds(kind) {
-            self.act(Act::Fold { task, weight });
+            self.act(Act::Fold { task, hash, weight });
+        }
+    }
+
+    /// A held payload is not what it was: its worker, who keeps a copy until the receipt, is asked again.
+    pub(super) fn lost(&mut self, task: TaskId, hash: Hash) {
+        let Some((_, t)) = self.find(task) else { return };
+        let is_it = matches!(&t.state, TaskState::Held(update) if update.hash == hash);
+        if !is_it || self.volatile.folded.contains(&task) {
+            return;
+        }
+        let worker = t.worker;
+        (self.volatile.merging, self.volatile.fleet_changed) = (false, true);
+        self.emit(Event::Lost { task });
+        let conn = self.volatile.by_worker.get(&worker).copied();
+        if let Some(conn) = conn.filter(|conn| self.volatile.sessions.get(conn).is_some_and(|session| session.ready)) {
+            self.announce(conn, task);
+        }
+    }
+
+    /// Asks for all that is held and not in the sum.
+    pub(super) fn fold_all(&mut self) {
+        let work = self.durable.phase.work().filter(|work| folds(work.kind));
+        let held: Vec<(TaskId, Hash, u32)> =
+            work.into_iter().flat_map(Work::held).map(|(task, _, update)| (task, update.hash, update.weight)).collect();
+        for (task, hash, weight) in held {
+            self.act(Act::Fold { task, hash, weight });
         }
     }
 
@@ -242,7 +269,7 @@ impl Federation {
 
     pub(super) fn spoiled(&mut self, task: TaskId, hash: Hash, refusal: Refusal) {
         let Some(receiving) = self.received(task, hash) else { return };
-        self.act(Act::Forget { task });
+        self.act(Act::Forget { task, hash });
         let Some(session) = self.volatile.sessions.get(&receiving.conn) else { return };
         let (worker, name) = (session.worker, session.name.clone());
         self.refuse(receiving.conn, &name, worker, task, refusal);
@@ -252,7 +279,7 @@ impl Federation {
     /// back, since one that believes its payload sent would wait for ever.
     pub(super) fn cut(&mut self, task: TaskId, hash: Hash) {
         if let Some(receiving) = self.received(task, hash) {
-            self.act(Act::Forget { task });
+            self.act(Act::Forget { task, hash });
             self.eject(receiving.conn, Gone::Disconnected);
         }
     }
@@ -277,8 +304,11 @@ impl Federation {
         }
     }
 
-    /// Withdraws the open task of a worker that left for good.
+    /// Withdraws the open task of a worker that left for good. What a final set of updates needs cannot be withdrawn.
     pub(super) fn withdraw_of(&mut self, worker: WorkerId) {
+        if matches!(self.durable.phase, super::Phase::Committing(_)) {
+            return;
+        }
         let open: Vec<TaskId> =
             self.open_tasks().filter(|(_, task)| task.worker == worker).map(|(task, _)| task).collect();
         for task in open {
@@ -315,7 +345,7 @@ impl Federation {
         if receiving.turn == Turn::Queued {
             self.volatile.queue.retain(|queued| *queued != task);
         } else {
-            self.act(Act::Forget { task });
+            self.act(Act::Forget { task, hash: receiving.update.hash });
         }
         self.release(receiving.turn);
     }
@@ -337,18 +367,27 @@ impl Federation {
         }
     }
 
+    /// Everybody who is in gets its open task, as if it had come back now.
+    pub(super) fn give_all_again(&mut self) {
+        let fleet: Vec<(ConnId, WorkerId)> =
+            self.ready_workers().map(|(conn, session)| (conn, session.worker)).collect();
+        for (conn, worker) in fleet {
+            self.give_again(conn, worker);
+        }
+    }
+
     /// A returning worker gets its open task again, or a new one with the same base.
     pub(super) fn give_again(&mut self, conn: ConnId, worker: WorkerId) {
         let Some(work) = self.durable.phase.work() else { return };
-        if matches!(self.durable.phase, super::Phase::Committing(_)) || self.volatile.merging || self.volatile.stopping
-        {
+        let Some((task, last)) = work.latest_of(worker) else { return };
+        let is_final = matches!(self.durable.phase, super::Phase::Committing(_)) && !last.state.is_open();
+        if is_final || self.volatile.merging || self.volatile.stopping {
             return;
         }
-        let Some((task, last)) = work.latest_of(worker) else { return };
         let (round, kind, base) = (work.round, work.kind, work.base);
         let given = work.tasks.values().filter(|task| task.worker == worker).count();
         match last.state {
-            TaskState::Open => self.announce(conn, task),
+            TaskState::Open | TaskState::Lost(_) => self.announce(conn, task),
             TaskState::Withdrawn(Withdrawal::Left | Withdrawal::Refused(_)) if given < TASKS_OF_A_WORKER_MAX => {
                 let name = last.name.clone();
                 let task = self.assign(round, kind, base, worker, name);

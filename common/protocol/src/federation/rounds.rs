@@ -42,7 +42,8 @@ impl Federation {
         match &self.durable.phase {
             Phase::Gathering => self.gather(),
             Phase::Surveying(_) | Phase::Sharing(_) | Phase::Training(_) | Phase::Evaluating(_) => self.settle(),
-            Phase::Committing(_) | Phase::Finished(_) | Phase::Aborted => false,
+            Phase::Committing(_) => self.make_model(),
+            Phase::Finished(_) | Phase::Aborted => false,
         }
     }
 
@@ -139,21 +140,34 @@ impl Federation {
         self.volatile.fleet_changed = true;
         self.volatile.trained = None;
         self.resume();
-        for (conn, worker, name) in self.select(round, fraction) {
+        self.volatile.paused_for = Duration::ZERO;
+        let wanted =
+            share(self.ready_workers().count(), fraction).min(usize::try_from(UPDATES_MAX).unwrap_or(usize::MAX));
+        let selected = self.select(round, if folds(kind) { self.over_selected(wanted) } else { wanted });
+        let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
+        self.emit(Event::Opened { round, kind, base, wanted });
+        for (conn, worker, name) in selected {
             let task = self.assign(round, kind, base, worker, name);
             self.announce(conn, task);
         }
     }
 
-    /// The `ceil(fraction x fleet)` workers that draw lowest, by name.
-    fn select(&self, round: u32, fraction: f64) -> Vec<(ConnId, WorkerId, WorkerName)> {
+    /// How many are selected so that `wanted` of them are in time.
+    #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // at most 2,048
+    fn over_selected(&self, wanted: usize) -> usize {
+        let more = (wanted as f64 * self.plan.rounds.over_select - 1e-9).ceil().max(0.0) as usize;
+        (wanted + more).min(usize::try_from(UPDATES_MAX).unwrap_or(usize::MAX))
+    }
+
+    /// The `count` workers that draw lowest, by name. Who was late before draws like everybody else.
+    fn select(&self, round: u32, count: usize) -> Vec<(ConnId, WorkerId, WorkerName)> {
         let seed = self.plan.learning.train.seed;
         let fleet = self.ready_workers().map(|(conn, s)| (conn, s.worker, s.name.clone()));
         let mut drawn: Vec<_> = fleet
             .map(|member| (Draw::new(seed, "select", u64::from(round), member.2.as_str()).next_u64(), member))
             .collect();
         drawn.sort_by(|a, b| (a.0, &a.1.2).cmp(&(b.0, &b.1.2)));
-        drawn.truncate(share(drawn.len(), fraction).min(usize::try_from(UPDATES_MAX).unwrap_or(usize::MAX)));
+        drawn.truncate(count);
         let mut selected: Vec<_> = drawn.into_iter().map(|(_, member)| member).collect();
         selected.sort_by(|a, b| a.2.cmp(&b.2));
         selected
@@ -210,14 +224,14 @@ impl Federation {
         if self.volatile.merging || self.awaits_own_training() {
             return false;
         }
-        let (open, held, quorum) = (work.open_count(), work.held_count(), self.quorum(work));
+        let (open, held, quorum, wanted) = (work.open_count(), work.held_count(), self.quorum(work), work.wanted);
         if held < quorum {
             if open == 0 {
                 self.pause();
             }
             return false;
         }
-        if open > 0 && !self.volatile.overdue {
+        if open > 0 && held < wanted && !self.volatile.overdue {
             return false;
         }
         if open > 0 {
@@ -237,7 +251,7 @@ impl Federation {
 
     /// How many payloads make this work whole. Evaluations do not hold a run up.
     fn quorum(&self, work: &Work) -> usize {
-        if work.kind == TaskKind::Evaluation { 0 } else { share(work.selected(), self.plan.rounds.quorum) }
+        if work.kind == TaskKind::Evaluation { 0 } else { share(work.wanted, self.plan.rounds.quorum) }
     }
 
     fn all_folded(&self) -> bool {
@@ -267,8 +281,9 @@ impl Federation {
         self.resume();
         match &self.durable.phase {
             Phase::Surveying(work) => {
-                let surveys = work.held_by_name().into_iter().map(|(id, task, _)| (id, task.worker, task.name.clone()));
-                let surveys = surveys.collect();
+                let held = work.held_by_name().into_iter();
+                let surveys =
+                    held.map(|(id, task, update)| (id, update.hash, task.worker, task.name.clone())).collect();
                 self.volatile.merging = true;
                 self.act(Act::Merge { surveys });
                 false
@@ -289,14 +304,26 @@ impl Federation {
     }
 
     fn close_round(&mut self) -> bool {
-        let Some(work) = self.durable.phase.work() else { return false };
-        let round = work.round;
-        let tasks: Vec<TaskId> = work.held().map(|(task, ..)| task).collect();
+        let Some(round) = self.durable.phase.work().map(|work| work.round) else { return false };
         self.emit(Event::Closed { round });
-        match self.volatile.trained.take() {
-            Some((model, loss)) => self.commit(model, loss),
-            None => self.act(Act::Step { round, tasks }),
+        self.volatile.stepping = false;
+        if let Some((model, loss)) = self.volatile.trained.take() {
+            self.commit(model, loss);
         }
+        true
+    }
+
+    /// Makes the model of a closed round once all of its updates are in the sum: at once, but after a restart.
+    fn make_model(&mut self) -> bool {
+        let Some(work) = self.durable.phase.work() else { return false };
+        if self.volatile.stepping || work.open_count() > 0 || !self.all_folded() {
+            return false;
+        }
+        let (round, tasks) = (work.round, work.held().map(|(task, ..)| task).collect());
+        self.volatile.stepping = true;
+        self.volatile.timers.deadline = None;
+        self.resume();
+        self.act(Act::Step { round, tasks });
         true
     }
 
@@ -336,6 +363,7 @@ impl Federation {
 
     pub(super) fn stepped(&mut self, round: u32, model: Hash, train_loss: Option<f64>) {
         match &self.durable.phase {
+            Phase::Committing(work) if work.round == round && self.durable.is_redoing() => self.redone(round, model),
             Phase::Committing(work) if work.round == round => self.commit(model, train_loss),
             Phase::Training(work) if work.round == round && self.awaits_own_training() => {
                 self.volatile.trained = Some((model, train_loss));
@@ -347,6 +375,40 @@ impl Federation {
     pub(super) fn step_failed(&mut self, round: u32, sentence: String) {
         if self.durable.phase.work().is_some_and(|work| work.round == round) {
             self.fail(sentence);
+        }
+    }
+
+    /// The same updates must have given the same model.
+    fn redone(&mut self, round: u32, redone: Hash) {
+        match self.durable.model_of(round) {
+            Some(recorded) if recorded != redone => {
+                self.volatile.stopping = true;
+                self.act(Act::Conflict { round, recorded, redone });
+            }
+            _ => {
+                self.emit(Event::Redone { round });
+                self.volatile.stepping = false;
+                self.volatile.folded.clear();
+                self.receipt_again(round);
+                if let Phase::Finished(evaluation) = self.durable.phase {
+                    self.act_on_commit(Act::Finish { evaluation });
+                }
+                self.fold_all();
+                self.give_all_again();
+            }
+        }
+    }
+
+    /// Who was asked again for what it has a receipt for waits for a receipt again.
+    fn receipt_again(&mut self, round: u32) {
+        let Some(model_hash) = self.durable.model_of(round) else { return };
+        let asked = core::mem::take(&mut self.volatile.announced);
+        let entries: Vec<Entry> =
+            asked.keys().filter_map(|task| self.durable.committed.get(task)).map(|(_, e)| *e).collect();
+        for Entry { task, worker, hash } in entries {
+            let Some(&conn) = self.volatile.by_worker.get(&worker) else { continue };
+            let receipt = Receipt { run: self.durable.run, worker, task, hash, round, model_hash };
+            self.act_on_commit(Act::Receipt { conn, receipt });
         }
     }
 
@@ -381,7 +443,12 @@ impl Federation {
             examples,
             train_loss: train_loss.or_else(|| Some(sum / weight)).filter(|loss| loss.is_finite()),
             evaluation: evaluation_of(work),
-            seconds: self.volatile.now.since(self.volatile.work_began).as_secs_f64(),
+            seconds: self
+                .volatile
+                .now
+                .since(self.volatile.work_began)
+                .saturating_sub(self.volatile.paused_for)
+                .as_secs_f64(),
             model,
         }
     }
@@ -414,14 +481,14 @@ impl Federation {
             return;
         }
         self.stop_receiving_all();
-        self.volatile.merging = false;
+        (self.volatile.merging, self.volatile.stepping) = (false, false);
         self.volatile.timers = Timers::default();
         self.emit(Event::Aborted { sentence: sentence.clone() });
         let conns: Vec<ConnId> = self.volatile.sessions.keys().copied().collect();
         for conn in conns {
             self.send(conn, word.clone());
         }
-        self.act(Act::Fail { sentence });
+        self.act_on_commit(Act::Fail { sentence });
     }
 
     // --- deadlines and pauses ---
@@ -440,7 +507,10 @@ impl Federation {
     pub(super) fn deadline_passed(&mut self, deadline: Deadline) {
         let Some(work) = self.durable.phase.work() else { return };
         let (round, extensions) = (work.round, work.extensions);
-        if work.held_count() >= self.quorum(work) {
+        if matches!(self.durable.phase, Phase::Committing(_)) {
+            // The set of updates is final: nobody in it can be late.
+            self.pause();
+        } else if work.held_count() >= self.quorum(work) {
             self.volatile.overdue = true;
         } else if extensions < EXTENSIONS_MAX {
             self.emit(Event::Extended { round, extension: extensions + 1 });
@@ -460,7 +530,7 @@ impl Federation {
             tasks.map(|task| task.name.clone()).collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>()
         };
         let diverged = by_state(|state| matches!(state, TaskState::Withdrawn(Withdrawal::Failed(_))));
-        let waiting = by_state(|state| matches!(state, TaskState::Open | TaskState::Withdrawn(Withdrawal::Left)));
+        let waiting = by_state(|state| state.is_open() || matches!(state, TaskState::Withdrawn(Withdrawal::Left)));
         let refused: Vec<(WorkerName, Refusal)> = work
             .tasks
             .values()
@@ -480,13 +550,48 @@ impl Federation {
     fn set_paused(&mut self, pause: Pause) {
         if self.volatile.paused.as_ref() != Some(&pause) {
             self.volatile.paused = Some(pause.clone());
+            self.volatile.paused_at.get_or_insert(self.volatile.now);
             self.notice(Notice::Paused(pause));
         }
     }
 
     pub(super) fn resume(&mut self) {
-        if self.volatile.paused.take().is_some() {
-            self.notice(Notice::Resumed);
+        if self.volatile.paused.take().is_some() && !self.volatile.disk_full {
+            self.go_on();
+        }
+    }
+
+    /// Hours of a pause are not counted among those that a round takes.
+    fn go_on(&mut self) {
+        if let Some(since) = self.volatile.paused_at.take() {
+            self.volatile.paused_for += self.volatile.now.since(since);
+        }
+        self.notice(Notice::Resumed);
+    }
+
+    /// Why the run is paused, as people are told.
+    pub(super) fn pause_told(&self) -> Option<&Pause> {
+        if self.volatile.disk_full { Some(&Pause::DiskFull) } else { self.volatile.paused.as_ref() }
+    }
+
+    pub(super) fn disk_full(&mut self) {
+        if !core::mem::replace(&mut self.volatile.disk_full, true) {
+            self.volatile.paused_at.get_or_insert(self.volatile.now);
+            self.notice(Notice::Paused(Pause::DiskFull));
+        }
+    }
+
+    /// Who could not hand in an update for want of room gets the whole time again.
+    pub(super) fn disk_back(&mut self) {
+        if !core::mem::take(&mut self.volatile.disk_full) {
+            return;
+        }
+        if let Some(deadline) = &mut self.volatile.timers.deadline {
+            deadline.at = self.volatile.now.after(deadline.length);
+        }
+        match self.volatile.paused.clone() {
+            Some(pause) => self.notice(Notice::Paused(pause)),
+            None => self.go_on(),
         }
     }
 

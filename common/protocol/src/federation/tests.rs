@@ -5,6 +5,7 @@
 
 mod faults;
 mod fleet;
+mod restarts;
 
 use core::time::Duration;
 
@@ -25,6 +26,11 @@ fn plan(workers: u32, rounds: u32) -> Plan {
 fn with(mut plan: Plan, change: impl FnOnce(&mut Plan)) -> Plan {
     change(&mut plan);
     plan
+}
+
+/// Nothing is done without the whole fleet: whatever is killed, the model is the same.
+fn exact(workers: u32, rounds: u32) -> Plan {
+    with(plan(workers, rounds), |p| p.rounds.quorum = 1.0)
 }
 
 #[test]
@@ -434,7 +440,7 @@ fn what_was_made_for_a_forgotten_task_is_offered_for_its_successor() {
     let mut fleet = Fleet::new(with(plan(2, 1), |p| p.rounds.quorum = 1.0), 2);
     fleet.workers[1].train_time = secs(5);
     fleet.run_until(|fleet| fleet.workers[0].held > 0 && fleet.stage() == Stage::Training);
-    fleet.kill_coordinator();
+    fleet.restore_backup(|event| matches!(event, Event::Surveyed { .. }));
     fleet.run_for(Duration::from_millis(500));
     fleet.start_coordinator();
     fleet.run_to_end();

@@ -77,7 +77,8 @@ impl Chaos {
             0 | 1 => self.fleet.kill(worker),
             2 | 3 if !self.fleet.workers[worker].is_alive() => self.revive(worker),
             2..=4 => self.fleet.cut(worker),
-            5 | 6 if up => self.fleet.kill_coordinator(),
+            5 if up => self.fleet.kill_coordinator(),
+            6 if up => self.cut_power(),
             5..=7 if !up => self.fleet.start_coordinator(),
             7 => self.fleet.freeze(worker),
             8 => self.fleet.thaw(worker),
@@ -89,6 +90,14 @@ impl Chaos {
             15 if self.bears_a_loss && self.lost.is_none() => self.lose(worker),
             _ => self.babble(worker),
         }
+    }
+
+    /// With the payloads gone, a damaged model can be made again only by those who are still there.
+    fn cut_power(&mut self) {
+        let everybody = !self.bears_a_loss && self.fleet.workers.iter().all(|worker| worker.ending.is_none());
+        let (facts, damaged) = (self.draw.below(6), [0, 0, 1, 2][self.draw.below(4) as usize]);
+        self.fleet.cut_power(facts);
+        self.fleet.damaged = if everybody { damaged } else { 0 };
     }
 
     fn revive(&mut self, worker: usize) {

@@ -10,8 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use crate::draw::Draw;
 use crate::federation::state::{Durable, Phase};
 use crate::federation::{
-    Act, Checkpoint, Entry, Event, EventNo, Federation, Frozen, Gate, Input, Notice, Output, Stage, Status,
-    SurveyOutcome,
+    Act, Entry, Event, EventNo, Federation, Frozen, Gate, Input, Notice, Output, Stage, Status, SurveyOutcome,
 };
 use crate::ids::{ConnId, ContentId, Hash, Instance, RunId, TaskId, Time, WorkerId, WorkerName};
 use crate::limits::PAYLOAD_AT_ONCE_BYTES_MAX;
@@ -36,8 +35,8 @@ enum Parcel {
     Payload(ConnId, TaskId, Hash),
     /// A payload's stream came to its end: whole, or cut.
     Received(u64, TaskId, bool),
-    Fold(u64, TaskId),
-    Synced(u64, u64),
+    Fold(u64, TaskId, Hash),
+    Synced(u64, u64, usize),
     TickCoordinator(u64),
     TickMember(usize, u64),
 }
@@ -101,15 +100,21 @@ pub(super) struct Fleet {
     federation: Option<Federation>,
     life: u64,
     start: u32,
-    /// What survives the coordinator's death.
-    disk: Checkpoint,
-    /// Commits that were appended and not synced yet.
-    unsynced: VecDeque<(EventNo, Checkpoint)>,
+    /// The facts, of all starts, and how many of them were synced.
+    journal: Vec<Event>,
+    durable: usize,
+    /// The state that a power cut would leave.
+    disk: Durable,
+    /// How many facts there were when an event was appended that was not synced yet.
+    unsynced: VecDeque<(EventNo, usize)>,
+    /// The last rounds whose models are damaged.
+    pub(super) damaged: u32,
+    /// The same updates give another model from now on.
+    pub(super) warped: bool,
     appended: u64,
     synced: u64,
     syncing: bool,
     gated: Vec<(Gate, Act)>,
-    journal: Vec<Event>,
     events: Vec<Event>,
     messages: Vec<ToWorker>,
     connections: u64,
@@ -138,12 +143,12 @@ pub(super) struct Fleet {
     pub(super) receipts_said: usize,
     pub(super) finished: Option<crate::evaluation::EvaluationSummary>,
     pub(super) failed: Option<String>,
+    pub(super) conflict: Option<u32>,
     pub(super) ended: bool,
 }
 
 impl Fleet {
     pub(super) fn new(plan: Plan, workers: usize) -> Self {
-        let disk = Checkpoint::new(RUN, plan.hash());
         let mut fleet = Self {
             now: Time(0),
             sequence: 0,
@@ -153,13 +158,16 @@ impl Fleet {
             federation: None,
             life: 0,
             start: 0,
-            disk,
+            journal: Vec::new(),
+            durable: 0,
+            disk: Durable::new(RUN),
             unsynced: VecDeque::new(),
+            damaged: 0,
+            warped: false,
             appended: 0,
             synced: 0,
             syncing: false,
             gated: Vec::new(),
-            journal: Vec::new(),
             events: Vec::new(),
             messages: Vec::new(),
             connections: 0,
@@ -185,6 +193,7 @@ impl Fleet {
             receipts_said: 0,
             finished: None,
             failed: None,
+            conflict: None,
             ended: false,
         };
         fleet.start_coordinator();
@@ -306,13 +315,14 @@ impl Fleet {
         }
     }
 
+    /// The process dies; what it handed to the operating system stays.
     pub(super) fn kill_coordinator(&mut self) {
         self.federation = None;
         self.life += 1;
         self.gated.clear();
         self.unsynced.clear();
         self.syncing = false;
-        (self.wanted, self.arrived, self.sum, self.held) = Default::default();
+        (self.wanted, self.arrived, self.sum) = Default::default();
         self.bodies.retain(|_, parcel| {
             !matches!(parcel, Parcel::ToCoordinator(_) | Parcel::Payload(..) | Parcel::Received(..))
         });
@@ -324,17 +334,43 @@ impl Fleet {
         self.conns.clear();
     }
 
+    /// The machine dies under it: of what was not synced, `facts` facts stay, and no payload.
+    pub(super) fn cut_power(&mut self, facts: u64) {
+        self.kill_coordinator();
+        let kept = usize::try_from(facts).unwrap().min(self.journal.len() - self.durable);
+        self.journal.truncate(self.durable + kept);
+        self.held.clear();
+    }
+
+    /// The process dies, and its state is replaced by a backup from just after an event.
+    pub(super) fn restore_backup(&mut self, of: impl Fn(&Event) -> bool) {
+        self.kill_coordinator();
+        let at = self.journal.iter().position(of).unwrap();
+        self.journal.truncate(at + 1);
+        self.held.clear();
+    }
+
+    /// A held payload is damaged on the disk.
+    pub(super) fn damage_payload(&mut self, task: TaskId) {
+        self.held.remove(&task).unwrap();
+    }
+
     pub(super) fn start_coordinator(&mut self) {
         self.start += 1;
         self.life += 1;
-        self.journal.clear();
         (self.appended, self.synced) = (0, 0);
-        self.oracle.start(self.start, &self.disk);
-        self.federation = Some(Federation::new(self.plan.clone(), self.disk.clone(), self.start));
-        if let Some(evaluation) = self.disk.finished {
+        self.durable = self.journal.len();
+        let mut federation = Federation::new(self.plan.clone(), RUN);
+        self.journal.iter().for_each(|event| federation.apply(event));
+        self.disk = federation.durable.clone();
+        self.oracle.start(&self.journal);
+        let round = self.disk.round();
+        let whole = (self.damaged > 0).then(|| round - core::mem::take(&mut self.damaged).min(round));
+        if let Phase::Finished(evaluation) = self.disk.phase {
             self.finished = Some(evaluation);
         }
-        self.drain();
+        self.federation = Some(federation);
+        self.inject(Input::Start { start: self.start, whole });
     }
 
     pub(super) fn inject(&mut self, input: Input) {
@@ -351,7 +387,7 @@ impl Fleet {
     fn check(&self) {
         // What costs as much as the fleet is large is checked in small ones.
         let Some(federation) = self.federation.as_ref().filter(|_| self.workers.len() < 32) else { return };
-        assert_eq!(self.oracle.replayed.as_ref(), Some(&federation.durable), "replay equals live");
+        assert_eq!(self.oracle.replayed, federation.durable, "replay equals live");
         let expected = self.wanted.iter().map(|(task, expected)| (*task, (expected.conn, expected.hash))).collect();
         federation.check_receiving(&expected);
         let work = federation.durable.phase.work();
@@ -415,11 +451,17 @@ impl Fleet {
 
     /// The rows behind the last round.
     pub(super) fn examples(&self) -> u64 {
-        self.federation.as_ref().unwrap().checkpoint().figures.unwrap().examples
+        self.federation.as_ref().unwrap().summary().figures.unwrap().examples
+    }
+
+    /// How long the last round took.
+    pub(super) fn seconds(&self) -> f64 {
+        self.federation.as_ref().unwrap().summary().figures.unwrap().seconds
     }
 
     pub(super) fn entries(&self, round: usize) -> Vec<Entry> {
-        self.federation.as_ref().unwrap().checkpoint().rounds[round - 1].entries.clone()
+        let committed = self.federation.as_ref().unwrap().durable.committed.values();
+        committed.filter(|(of, _)| *of as usize == round).map(|(_, entry)| *entry).collect()
     }
 
     pub(super) fn facts(&self, wanted: impl Fn(&Event) -> bool) -> usize {
@@ -446,19 +488,16 @@ impl Fleet {
     /// The facts alone give the same durable state.
     pub(super) fn check_replay(&self) {
         let live = self.federation.as_ref().unwrap();
-        let mut replayed = Federation::new(self.plan.clone(), Checkpoint::new(RUN, self.plan.hash()), self.start);
-        for event in self.journal.iter().filter(|event| event.is_fact()) {
-            replayed.apply(event);
-        }
-        assert_eq!(replayed.durable, live.durable);
+        let mut replayed = Federation::new(self.plan.clone(), RUN);
+        self.journal.iter().for_each(|event| replayed.apply(event));
+        assert!(replayed.agrees_with(live));
     }
 
     /// Every receipt's update is in the round that it names, once.
     pub(super) fn check_receipts(&self) {
-        let checkpoint = self.federation.as_ref().unwrap().checkpoint();
         for receipt in self.workers.iter().flat_map(|worker| &worker.receipts) {
-            let round = &checkpoint.rounds[receipt.round as usize - 1];
-            let found = round.entries.iter().filter(|e| (e.worker, e.hash) == (receipt.worker, receipt.hash)).count();
+            let round = self.entries(receipt.round as usize);
+            let found = round.iter().filter(|e| (e.worker, e.hash) == (receipt.worker, receipt.hash)).count();
             assert_eq!(found, 1, "{receipt:?}");
         }
     }
@@ -530,13 +569,9 @@ impl Fleet {
                 }
             }
             Parcel::Received(ticket, task, whole) => self.received(ticket, task, whole),
-            Parcel::Fold(life, task) if life == self.life => {
-                self.folds += 1;
-                assert!(self.sum.insert(task, self.held[&task]).is_none(), "folded twice");
-                self.learned(Duration::ZERO, Input::Folded { task });
-            }
+            Parcel::Fold(life, task, hash) if life == self.life => self.fold(task, hash),
             Parcel::Fold(..) => {}
-            Parcel::Synced(life, number) => self.sync_done(life, number),
+            Parcel::Synced(life, number, facts) => self.sync_done(life, number, facts),
             Parcel::TickCoordinator(life) if life == self.life => self.inject(Input::Tick),
             Parcel::TickMember(worker, life) => self.member_input(worker, life, member::Input::Tick),
             Parcel::TickCoordinator(_) => {}
@@ -551,12 +586,13 @@ impl Fleet {
             match federation.poll() {
                 Output::Append(event) => {
                     self.appended += 1;
-                    if event.is_commit() {
-                        let checkpoint = federation.checkpoint();
-                        self.unsynced.push_back((EventNo(self.appended), checkpoint));
-                    }
                     self.oracle.saw(&event, EventNo(self.appended));
-                    self.journal.push(event.clone());
+                    if event.is_fact() {
+                        self.journal.push(event.clone());
+                    }
+                    if event.is_commit() {
+                        self.unsynced.push_back((EventNo(self.appended), self.journal.len()));
+                    }
                     self.events.push(event);
                 }
                 Output::Act { after, act } => self.gated.push((after, act)),
@@ -586,23 +622,34 @@ impl Fleet {
         self.gated = waiting;
         if (!self.gated.is_empty() || !self.unsynced.is_empty()) && !self.syncing {
             self.syncing = true;
-            self.send_after(self.sync_time, Parcel::Synced(self.life, self.appended));
+            self.send_after(self.sync_time, Parcel::Synced(self.life, self.appended, self.journal.len()));
         }
         for (_, act) in ready {
             self.coordinator_act(act);
         }
     }
 
-    fn sync_done(&mut self, life: u64, number: u64) {
+    fn fold(&mut self, task: TaskId, hash: Hash) {
+        if self.held.get(&task) != Some(&hash) {
+            return self.learned(Duration::ZERO, Input::Lost { task, hash });
+        }
+        self.folds += 1;
+        assert!(self.sum.insert(task, hash).is_none(), "folded twice");
+        self.learned(Duration::ZERO, Input::Folded { task });
+    }
+
+    fn sync_done(&mut self, life: u64, number: u64, facts: usize) {
         if life != self.life || self.federation.is_none() {
             return;
         }
         self.syncing = false;
         self.synced = number;
-        while self.unsynced.front().is_some_and(|(no, _)| no.0 <= number) {
-            self.disk = self.unsynced.pop_front().unwrap().1;
-            self.oracle.durable(&self.disk);
+        self.unsynced.retain(|(no, _)| no.0 > number);
+        for event in &self.journal[self.durable..facts] {
+            self.disk.apply(event);
         }
+        self.durable = facts;
+        self.oracle.durable(&self.disk);
         self.release();
     }
 
@@ -617,7 +664,7 @@ impl Fleet {
 
     fn say(&mut self, conn: ConnId, message: ToWorker) {
         if let (ToWorker::Held { task, .. }, Durability::Update) = (&message, self.plan.rounds.durability) {
-            assert!(self.oracle.held[task].0 <= self.synced, "held, said before it is durable");
+            assert!(self.oracle.held[task].0.0 <= self.synced, "held, said before it is durable");
         }
         self.messages.push(message.clone());
         if let Some(&worker) = self.conns.get(&conn) {
@@ -630,7 +677,8 @@ impl Fleet {
             Act::Welcome { conn } => self.welcome(conn),
             Act::Assign { conn, assignment } => {
                 let base = assignment.model;
-                assert!(base.is_none() || base == self.disk.model, "a model is announced before its commit");
+                let is_durable = |base| (0..=self.disk.round()).any(|round| self.disk.model_of(round) == Some(base));
+                assert!(base.is_none_or(is_durable), "a model is announced before its commit");
                 let content = |hash| ContentRef { id: ContentId([0; 16]), key: ContentKey([0; 32]), hash, bytes: 0 };
                 let assigned = Assigned {
                     task: assignment.task,
@@ -651,24 +699,27 @@ impl Fleet {
                     self.tell_member(worker, member::Input::Receipted(receipt));
                 }
             }
-            Act::Receive { conn, task, hash, .. } => {
+            Act::Receive { conn, task, hash, go, .. } => {
+                if go {
+                    self.say(conn, ToWorker::Go { task, hash, from: 0 });
+                }
                 self.connections += 1;
                 let expected = Expected { conn, hash, ticket: self.connections, coming: false };
                 self.wanted.insert(task, expected);
                 self.match_payload(task);
             }
-            Act::Forget { task } => {
+            Act::Forget { task, .. } => {
                 self.wanted.remove(&task);
                 self.held.remove(&task);
             }
-            Act::Fold { task, .. } => {
+            Act::Fold { task, hash, .. } => {
                 let hop = self.hop();
-                self.send_after(hop, Parcel::Fold(self.life, task));
+                self.send_after(hop, Parcel::Fold(self.life, task, hash));
             }
-            Act::Merge { surveys } => {
-                assert!(surveys.iter().all(|(task, ..)| self.held.contains_key(task)), "a survey without a payload");
-                self.merge(surveys.len());
-            }
+            Act::Merge { surveys } => match surveys.iter().find(|(task, ..)| !self.held.contains_key(task)) {
+                Some(&(task, hash, ..)) => self.learned(HOP, Input::Lost { task, hash }),
+                None => self.merge(surveys.len()),
+            },
             Act::Step { round, tasks } => self.step(round, &tasks),
             Act::Train { round, rows } => {
                 assert!(rows.iter().all(|task| self.held.contains_key(task)), "rows without a payload");
@@ -684,6 +735,7 @@ impl Fleet {
             }
             Act::Finish { evaluation } => self.finished = Some(evaluation),
             Act::Fail { sentence } => self.failed = Some(sentence),
+            Act::Conflict { round, .. } => self.conflict = Some(round),
             Act::End => self.ended = true,
         }
     }
@@ -731,6 +783,7 @@ impl Fleet {
         let hashes: BTreeSet<Hash> = sum.into_values().collect();
         let mut bytes = self.model().0.to_vec();
         bytes.extend(hashes.iter().flat_map(|hash| hash.0));
+        bytes.push(self.warped.into());
         self.learned(self.step_time, Input::Stepped { round, model: Hash::of(&bytes), train_loss: None });
     }
 
@@ -927,59 +980,68 @@ impl Fleet {
 }
 
 /// What must hold over the whole of a run, deaths included.
-#[derive(Default)]
 struct Oracle {
-    /// The state as the facts of this start alone make it.
-    replayed: Option<Durable>,
+    /// The state as the facts alone make it.
+    replayed: Durable,
     /// Of each round whose commit became durable, the model.
     models: Vec<Hash>,
-    held: BTreeMap<TaskId, EventNo>,
+    held: BTreeMap<TaskId, (EventNo, Hash)>,
     withdrawn: BTreeSet<TaskId>,
 }
 
+impl Default for Oracle {
+    fn default() -> Self {
+        let (models, held, withdrawn) = Default::default();
+        Self { replayed: Durable::new(RUN), models, held, withdrawn }
+    }
+}
+
 impl Oracle {
-    fn start(&mut self, start: u32, disk: &Checkpoint) {
-        self.replayed = Some(Durable::new(start, disk.clone()));
+    fn start(&mut self, journal: &[Event]) {
+        (self.replayed, self.held, self.withdrawn) = (Durable::new(RUN), BTreeMap::new(), BTreeSet::new());
+        journal.iter().for_each(|event| self.saw(event, EventNo(0)));
     }
 
     fn saw(&mut self, event: &Event, number: EventNo) {
-        let replayed = self.replayed.as_mut().unwrap();
         match event {
-            Event::Held { task, .. } => {
-                assert!(self.held.insert(*task, number).is_none(), "{task} is held twice");
+            Event::Held { task, update } => {
+                assert!(self.held.insert(*task, (number, update.hash)).is_none(), "{task} is held twice");
                 assert!(!self.withdrawn.contains(task), "{task} was withdrawn and is held");
             }
+            Event::Lost { task } => assert!(self.held.remove(task).is_some(), "{task} is lost and was not held"),
             Event::Withdrawn { task, .. } => {
                 assert!(!self.held.contains_key(task), "{task} was held and is withdrawn");
                 self.withdrawn.insert(*task);
             }
             Event::Committed { entries, .. } => {
                 assert!(entries.iter().all(|entry| self.held.contains_key(&entry.task)));
-                assert!(entries.iter().all(|entry| !replayed.committed.contains_key(&entry.task)), "counts twice");
+                assert!(entries.iter().all(|entry| !self.replayed.committed.contains_key(&entry.task)), "counts twice");
                 let workers: BTreeSet<WorkerId> = entries.iter().map(|entry| entry.worker).collect();
                 assert_eq!(workers.len(), entries.len(), "a worker counts twice");
             }
             _ => {}
         }
-        let over = matches!(replayed.phase, Phase::Finished(_) | Phase::Aborted);
-        assert!(!over || !event.is_fact(), "{event:?} after the end");
+        let over = matches!(self.replayed.phase, Phase::Finished(_) | Phase::Aborted);
+        let again = matches!(event, Event::Started { .. } | Event::Reverted { .. });
+        assert!(!over || again || !event.is_fact(), "{event:?} after the end");
         if event.is_fact() {
-            replayed.apply(event);
+            self.replayed.apply(event);
         }
     }
 
-    fn durable(&mut self, disk: &Checkpoint) {
-        let models: Vec<Hash> = disk.rounds.iter().map(|round| round.model).collect();
-        assert!(models.starts_with(&self.models), "a durable round has another model now");
-        self.models = models;
+    fn durable(&mut self, disk: &Durable) {
+        let same = disk.rounds.iter().zip(&self.models).all(|(now, before)| now == before);
+        assert!(same, "a durable round has another model now");
+        if disk.rounds.len() > self.models.len() {
+            self.models.clone_from(&disk.rounds);
+        }
     }
 }
 
 /// A receipt's update is durable, in one round, once.
-fn check_receipt(disk: &Checkpoint, receipt: &Receipt) {
-    let round = &disk.rounds[receipt.round as usize - 1];
+fn check_receipt(disk: &Durable, receipt: &Receipt) {
     let entry = Entry { task: receipt.task, worker: receipt.worker, hash: receipt.hash };
-    assert!(round.entries.contains(&entry) && round.model == receipt.model_hash, "{receipt:?} is not durable");
-    let all = disk.rounds.iter().flat_map(|round| &round.entries);
-    assert_eq!(all.filter(|e| e.task == receipt.task || **e == entry).count(), 1, "{receipt:?} counts twice");
+    assert_eq!(disk.committed.get(&receipt.task), Some(&(receipt.round, entry)), "{receipt:?} is not durable");
+    assert_eq!(disk.model_of(receipt.round), Some(receipt.model_hash), "{receipt:?} names another model");
+    assert_eq!(disk.committed.values().filter(|(_, e)| *e == entry).count(), 1, "{receipt:?} counts twice");
 }
