@@ -5,6 +5,7 @@
 //! before the first sealed record. Certificate, session key and registry entry must be one worker's, at every
 //! connection.
 
+use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -78,6 +79,8 @@ pub enum FromConn {
     Offered(ConnId, Box<Manifest>, bool),
     /// An upload has begun, and waits to be let in.
     Upload(ConnId, Upload, oneshot::Sender<Ticket>),
+    /// What is here of a large payload was looked for, under this number.
+    Looked(u64, TaskId, io::Result<Option<Part>>),
     /// An upload that was let in has ended.
     Received(u64, TaskId, Received),
     /// A peer did what no honest peer does.
@@ -822,7 +825,7 @@ async fn read_batch(stream: &mut RecvStream, batch: &mut Vec<BytesMut>) -> Optio
 }
 
 /// Runs blocking work beside the event loop.
-async fn on_compute_pool<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(crate) async fn on_compute_pool<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
         // The pool ends only with the runtime, which ends this task, too: what is left is a panic of our own.

@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -18,16 +19,18 @@ use learning::Schema;
 use protocol::evaluation::EvaluationSummary;
 use protocol::federation::{Act, Assignment, Event, EventNo, Federation, Gone, Input, Notice};
 use protocol::ids::{ConnId, ContentId, Hash, TaskId, Time, WorkerId};
-use protocol::messages::{Assigned, ContentRef, PROTOCOL_VERSION, TaskKind, ToWorker, Upload, Welcome};
+use protocol::limits::RESUME_BYTES_MIN;
+use protocol::messages::{Assigned, ContentRef, PROTOCOL_VERSION, ToWorker, Upload, Welcome};
 use tokio::sync::{mpsc, oneshot, watch};
 use transport::{CloseCode, Connection, TrafficTotals};
 
-use crate::conn::{Door, FromConn, Joined, Received, Saying, Ticket};
+use crate::conn::{Door, FromConn, Joined, Received, Saying, Ticket, on_compute_pool};
 use crate::control::Command;
 use crate::core::{Core, Effect};
 use crate::intake::{Declared, Part, Spools, resume_from};
 use crate::registry::Worker;
 use crate::show::{Show, StatusPage};
+use crate::state::StateError;
 use crate::telemetry::{Direction, Kind, WorkerState, lossy};
 use crate::workshop::{Content, Done, Job, WorkshopError};
 
@@ -127,9 +130,8 @@ pub struct Fleet {
     revoked: BTreeSet<WorkerId>,
     /// Who does not read what it is told.
     deaf: Vec<ConnId>,
-    /// The workshop found the disk full.
-    workshop_waits: bool,
     course: Course,
+    room: Room,
     seen: Seen,
 }
 
@@ -161,11 +163,20 @@ struct Uploads {
 struct Expected {
     conn: ConnId,
     declared: Declared,
-    /// Where its stream begins: behind what is here already.
-    from: u64,
+    begins: Begins,
+    /// What is here of it already.
     part: Option<Part>,
     /// The stream that was let in; dropped, it ends.
     under_way: Option<(u64, oneshot::Sender<()>)>,
+}
+
+/// Where a stream begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Begins {
+    /// Behind so many bytes.
+    At(u64),
+    /// Behind what is being looked for under this number.
+    LookedFor(u64),
 }
 
 #[derive(Debug)]
@@ -190,6 +201,15 @@ enum Course {
     },
 }
 
+/// Who waits for room on the disk.
+#[derive(Debug, Default)]
+struct Room {
+    uploads_wait: bool,
+    workshop_waits: bool,
+    /// What the machine and people were told.
+    told: bool,
+}
+
 /// What was last counted of figures that only grow.
 #[derive(Debug, Default)]
 struct Seen {
@@ -211,8 +231,8 @@ impl Fleet {
             newest: None,
             revoked: BTreeSet::new(),
             deaf: Vec::new(),
-            workshop_waits: false,
             course: Course::Running,
+            room: Room::default(),
             seen: Seen::default(),
         }
     }
@@ -224,8 +244,8 @@ impl Fleet {
     pub async fn run(mut self, mut inbox: Inbox, shutdown: impl Future<Output = ()>) -> Result<Outcome, FleetError> {
         let mut shutdown = pin!(shutdown);
         let (mut stopped, mut workshop_lives) = (false, true);
+        let mut short_of_room = self.world.door.short_of_room.subscribe();
         let mut look = tokio::time::interval(LOOK_EVERY);
-        let mut room = self.world.door.short_of_room.subscribe();
         self.await_workshop(&mut inbox).await;
         self.drain();
         while !self.has_parted() {
@@ -239,8 +259,9 @@ impl Fleet {
                     }
                 },
                 Some(command) = inbox.commands.recv() => self.obey(command),
-                Ok(()) = room.changed() => self.look_for_room(self.workshop_waits),
                 () = sleep_until(self.began, self.core.alarm()) => self.input(Input::Tick),
+                // The door that counts them is ours.
+                Ok(()) = short_of_room.changed() => self.uploads_wait(*short_of_room.borrow_and_update() > 0),
                 _ = look.tick() => self.look_around(),
                 () = &mut shutdown, if !stopped => {
                     stopped = true;
@@ -250,10 +271,23 @@ impl Fleet {
             }
             self.drain();
         }
-        match self.course {
-            Course::Parting { outcome, .. } => outcome,
-            _ => Ok(Outcome::Stopped),
-        }
+        self.close_workshop(inbox.workshop).await
+    }
+
+    /// The workshop ends when it has done what it was given. If the disk does not let it, it ends with the process: what
+    /// anybody was told of is durable already.
+    async fn close_workshop(self, mut workshop: mpsc::UnboundedReceiver<Done>) -> Result<Outcome, FleetError> {
+        let Course::Parting { until, mut outcome } = self.course else { return Ok(Outcome::Stopped) };
+        drop(self.world);
+        let rest = async {
+            while let Some(done) = workshop.recv().await {
+                if let (Done::Broken(error), true) = (done, outcome.is_ok()) {
+                    outcome = Err(error.into());
+                }
+            }
+        };
+        let _ = tokio::time::timeout_at(until.into(), rest).await;
+        outcome
     }
 
     /// Before the first worker is given anything, what was saved must be ready to be streamed.
@@ -331,7 +365,11 @@ impl Fleet {
                 self.uploads.early.remove(&(conn, receipt.task));
                 self.say(conn, Saying::Receipt(receipt));
             }
-            Act::Receive { conn, task, kind, hash, bytes, go } => self.receive(conn, task, kind, hash, bytes, go),
+            Act::Receive { conn, task, kind, hash, bytes, go } => {
+                let (ring, schema, spools) =
+                    (self.core.machine().plan().ring, self.world.schema.clone(), self.world.spools.clone());
+                self.receive(conn, Declared { task, kind, hash, bytes, ring, schema, spools }, go);
+            }
             Act::Forget { task, .. } => {
                 self.uploads.expected.remove(&task);
             }
@@ -450,6 +488,7 @@ impl Fleet {
             FromConn::Said(conn, message) => self.input(Input::Said { conn, message }),
             FromConn::Offered(conn, manifest, authentic) => self.input(Input::Offered { conn, manifest, authentic }),
             FromConn::Upload(conn, upload, ticket) => self.uploads.begun(conn, upload, ticket),
+            FromConn::Looked(number, task, found) => self.looked(number, task, found),
             FromConn::Received(ticket, task, received) => self.received(ticket, task, received),
             FromConn::Misbehaved(conn, what) => self.input(Input::Misbehaved { conn, what }),
             FromConn::Gone(conn) => {
@@ -478,20 +517,35 @@ impl Fleet {
         self.input(Input::Joined { conn, worker: id, name, weight_max, instance });
     }
 
-    /// Waits for a payload; a large one is asked for from where an earlier stream of it ended.
-    fn receive(&mut self, conn: ConnId, task: TaskId, kind: TaskKind, hash: Hash, bytes: u64, go: bool) {
-        let (ring, schema, spools) =
-            (self.core.machine().plan().ring, self.world.schema.clone(), self.world.spools.clone());
-        let declared = Declared { task, kind, hash, bytes, ring, schema, spools };
-        let goes_on = go && kind != TaskKind::Rows;
-        let found = if goes_on { resume_from(&declared.spools.run, task, hash, bytes) } else { Ok(None) };
+    fn receive(&mut self, conn: ConnId, declared: Declared, go: bool) {
+        let (task, hash) = (declared.task, declared.hash);
+        if go && declared.bytes > RESUME_BYTES_MIN {
+            return self.look_for_part(conn, declared);
+        }
+        self.uploads.expect(conn, declared);
+        if go {
+            self.say(conn, Saying::Message(ToWorker::Go { task, hash, from: 0 }));
+        }
+    }
+
+    /// Has what there is of a payload looked for, where nobody waits for the disk.
+    fn look_for_part(&mut self, conn: ConnId, declared: Declared) {
+        let Declared { task, hash, bytes, .. } = declared;
+        let (spools, events) = (declared.spools.clone(), self.world.door.events.clone());
+        let number = self.uploads.look(conn, declared);
+        tokio::spawn(async move {
+            let found = on_compute_pool(move || resume_from(&spools.run, task, hash, bytes)).await;
+            // A loop that has ended wants to know nothing more.
+            let _ = events.send(FromConn::Looked(number, task, found)).await;
+        });
+    }
+
+    fn looked(&mut self, number: u64, task: TaskId, found: io::Result<Option<Part>>) {
         let part = found.unwrap_or_else(|error| {
-            tracing::warn!("what came of task {task} before cannot be gone on with: {error}");
+            tracing::warn!("task {task}: what came before cannot be found, so that it comes again: {error}");
             None
         });
-        let from = part.as_ref().map_or(0, Part::from);
-        self.uploads.expect(conn, declared, part);
-        if go {
+        if let Some((conn, hash, from)) = self.uploads.looked(number, task, part) {
             self.say(conn, Saying::Message(ToWorker::Go { task, hash, from }));
         }
     }
@@ -520,9 +574,9 @@ impl Fleet {
             Done::Learned(input) => self.input(input),
             Done::Sealed(content) => self.offer(content),
             Done::Schema(schema) => self.world.schema = Some(schema),
-            Done::Synced { no, bytes, on_disk: _, took } => self.synced(no, bytes, took),
-            Done::DiskFull => self.look_for_room(true),
-            Done::DiskBack => self.look_for_room(false),
+            Done::Synced { no, bytes, on_disk, took } => self.synced(no, bytes, on_disk, took),
+            Done::DiskFull => self.workshop_waits(true),
+            Done::DiskBack => self.workshop_waits(false),
             Done::Spooled(bytes) => self.world.door.telemetry.metrics.spool_bytes.set(lossy(bytes)),
             Done::Written(path) => self.written(&path),
             Done::Broken(error) => self.part(CloseCode::Internal, Err(error.into())),
@@ -539,18 +593,12 @@ impl Fleet {
         self.contents.insert(content.reference.hash, content);
     }
 
-    /// Pauses the run while anything waits for room on the disk.
-    fn look_for_room(&mut self, workshop_waits: bool) {
-        self.workshop_waits = workshop_waits;
-        let uploads_wait = *self.world.door.short_of_room.borrow() > 0;
-        self.input(if workshop_waits || uploads_wait { Input::DiskFull } else { Input::DiskBack });
-    }
-
     /// Opens the gates of all that waited for this event or an earlier one.
-    fn synced(&mut self, no: EventNo, bytes: u64, took: Duration) {
+    fn synced(&mut self, no: EventNo, bytes: u64, on_disk: u64, took: Duration) {
         let metrics = &self.world.door.telemetry.metrics;
         metrics.journal_sync_seconds.record(took.as_secs_f64());
         metrics.journal_bytes.increment(bytes);
+        metrics.state_bytes.set(lossy(on_disk));
         self.core.synced(no);
     }
 
@@ -576,6 +624,29 @@ impl Fleet {
             }
             Command::Abort => self.input(Input::Abort),
         }
+    }
+
+    // --- room on the disk ---
+
+    fn uploads_wait(&mut self, wait: bool) {
+        self.room.uploads_wait = wait;
+        self.look_for_room();
+    }
+
+    fn workshop_waits(&mut self, waits: bool) {
+        self.room.workshop_waits = waits;
+        self.look_for_room();
+    }
+
+    /// Tells of a full disk once, whoever found it, and of room when nobody waits for any.
+    fn look_for_room(&mut self) {
+        let full = self.room.uploads_wait || self.room.workshop_waits;
+        if std::mem::replace(&mut self.room.told, full) == full {
+            return;
+        }
+        self.world.door.telemetry.metrics.disk_full.set(f64::from(u8::from(full)));
+        self.input(if full { Input::DiskFull } else { Input::DiskBack });
+        self.show_page();
     }
 
     // --- figures ---
@@ -626,26 +697,52 @@ impl Fleet {
             page.listening = true;
             page.address = Some(self.world.address);
             page.status = Some(status);
+            page.disk_full = self.room.told;
         });
     }
 }
 
 impl Expected {
+    fn new(conn: ConnId, declared: Declared, begins: Begins) -> Self {
+        Self { conn, declared, begins, part: None, under_way: None }
+    }
+
     /// Whether a stream is the one that is waited for.
     fn is(&self, conn: ConnId, hash: Hash, from: u64) -> bool {
-        (self.conn, self.declared.hash, self.from) == (conn, hash, from)
+        (self.conn, self.declared.hash, self.begins) == (conn, hash, Begins::At(from))
     }
 }
 
 impl Uploads {
-    /// The machine waits for this from now on, and for nothing else for the same task.
-    fn expect(&mut self, conn: ConnId, declared: Declared, part: Option<Part>) {
+    /// The machine waits for all of this from now on, and for nothing else for the same task.
+    fn expect(&mut self, conn: ConnId, declared: Declared) {
         let task = declared.task;
+        self.expected.insert(task, Expected::new(conn, declared, Begins::At(0)));
+        self.meet(task);
+    }
+
+    /// As [`Self::expect`], once it is known how much of it is here: what is found is told under this number.
+    fn look(&mut self, conn: ConnId, declared: Declared) -> u64 {
+        self.tickets += 1;
+        self.expected.insert(declared.task, Expected::new(conn, declared, Begins::LookedFor(self.tickets)));
+        self.tickets
+    }
+
+    /// What is here was looked for: whose payload may come from where on, if it is still waited for.
+    fn looked(&mut self, number: u64, task: TaskId, part: Option<Part>) -> Option<(ConnId, Hash, u64)> {
+        let expected = self.expected.get_mut(&task).filter(|e| e.begins == Begins::LookedFor(number))?;
         let from = part.as_ref().map_or(0, Part::from);
-        let expected = Expected { conn, declared, from, part, under_way: None };
-        let early = self.early.remove(&(conn, task)).filter(|early| expected.is(conn, early.hash, early.from));
-        self.expected.insert(task, expected);
-        if let Some(early) = early {
+        (expected.begins, expected.part) = (Begins::At(from), part);
+        let told = (expected.conn, expected.declared.hash, from);
+        self.meet(task);
+        Some(told)
+    }
+
+    /// Lets in a stream that came before what it is for.
+    fn meet(&mut self, task: TaskId) {
+        let Some(expected) = self.expected.get(&task) else { return };
+        let Some(early) = self.early.remove(&(expected.conn, task)) else { return };
+        if expected.is(expected.conn, early.hash, early.from) {
             self.let_in(task, early.ticket);
         }
     }
@@ -721,10 +818,9 @@ async fn sleep_until(began: Instant, alarm: Option<Time>) {
 ///
 /// # Errors
 /// If it cannot be.
-pub fn fresh_spool(path: PathBuf) -> Result<PathBuf, crate::state::StateError> {
-    use crate::state::StateError;
+pub fn fresh_spool(path: PathBuf) -> Result<PathBuf, StateError> {
     match std::fs::remove_dir_all(&path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
             return Err(StateError::io(&path, "empty")(error));
         }
         _ => {}
@@ -737,6 +833,7 @@ pub fn fresh_spool(path: PathBuf) -> Result<PathBuf, crate::state::StateError> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use protocol::messages::TaskKind;
     use protocol::sum::Ring;
 
     const ALICE: ConnId = ConnId(1);
@@ -767,9 +864,9 @@ mod tests {
             if stream_first {
                 uploads.begun(ALICE, upload(1), ticket);
                 assert!(granted.try_recv().is_err());
-                uploads.expect(ALICE, declared(1), None);
+                uploads.expect(ALICE, declared(1));
             } else {
-                uploads.expect(ALICE, declared(1), None);
+                uploads.expect(ALICE, declared(1));
                 uploads.begun(ALICE, upload(1), ticket);
             }
             let ticket = granted.try_recv().unwrap();
@@ -781,7 +878,7 @@ mod tests {
     #[test]
     fn what_was_not_offered_is_not_let_in() {
         let mut uploads = Uploads::default();
-        uploads.expect(ALICE, declared(1), None);
+        uploads.expect(ALICE, declared(1));
         for (conn, hash) in [(ALICE, 2), (BOB, 1)] {
             let (ticket, mut granted) = oneshot::channel();
             uploads.begun(conn, upload(hash), ticket);
@@ -795,7 +892,7 @@ mod tests {
     #[test]
     fn a_stream_that_begins_elsewhere_than_was_granted_is_not_let_in() {
         let mut uploads = Uploads::default();
-        uploads.expect(ALICE, declared(1), None);
+        uploads.expect(ALICE, declared(1));
         let (ticket, mut granted) = oneshot::channel();
         uploads.begun(ALICE, Upload { from: 65_536, ..upload(1) }, ticket);
         assert!(matches!(granted.try_recv(), Err(oneshot::error::TryRecvError::Empty)));
@@ -805,9 +902,27 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_is_let_in_once_it_is_known_how_much_of_its_payload_is_here() {
+        let mut uploads = Uploads::default();
+        let (ticket, mut granted) = oneshot::channel();
+        let first = uploads.look(ALICE, declared(1));
+        let second = uploads.look(ALICE, declared(1));
+        uploads.begun(ALICE, upload(1), ticket);
+        assert_eq!(uploads.looked(first, TASK, None), None, "it is looked for again");
+        assert!(granted.try_recv().is_err());
+        assert_eq!(uploads.looked(second, TASK, None), Some((ALICE, Hash([1; 32]), 0)));
+        assert!(granted.try_recv().is_ok());
+        assert_eq!(uploads.looked(second, TASK, None), None);
+
+        let number = uploads.look(ALICE, declared(1));
+        uploads.expected.remove(&TASK);
+        assert_eq!(uploads.looked(number, TASK, None), None, "nobody waits for it any more");
+    }
+
+    #[test]
     fn a_second_stream_for_the_same_payload_is_turned_away() {
         let mut uploads = Uploads::default();
-        uploads.expect(ALICE, declared(1), None);
+        uploads.expect(ALICE, declared(1));
         let (first, _granted) = oneshot::channel();
         uploads.begun(ALICE, upload(1), first);
         let (second, mut granted) = oneshot::channel();
@@ -818,11 +933,11 @@ mod tests {
     #[test]
     fn a_newer_offer_stops_the_stream_of_the_older_one_and_its_end_does_not_count() {
         let mut uploads = Uploads::default();
-        uploads.expect(ALICE, declared(1), None);
+        uploads.expect(ALICE, declared(1));
         let (first, mut granted) = oneshot::channel();
         uploads.begun(ALICE, upload(1), first);
         let mut old = granted.try_recv().unwrap();
-        uploads.expect(ALICE, declared(2), None);
+        uploads.expect(ALICE, declared(2));
         assert!(matches!(old.stop.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
         assert_eq!(uploads.ended(old.number, TASK), None);
         assert!(uploads.expected.contains_key(&TASK));

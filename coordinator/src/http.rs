@@ -149,12 +149,15 @@ async fn healthz(State(source): State<Source>) -> impl IntoResponse {
     }
 }
 
-/// Workers can come in.
+/// Workers can come in, and what they send can be kept.
 async fn readyz(State(source): State<Source>) -> impl IntoResponse {
-    if source.status.borrow().listening {
-        (StatusCode::OK, "ready\n")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "not listening\n")
+    let page = source.status.borrow();
+    match (page.listening, page.disk_full) {
+        (true, false) => (StatusCode::OK, "ready\n"),
+        (true, true) => {
+            (StatusCode::SERVICE_UNAVAILABLE, "the disk is full: make room, and the run goes on by itself\n")
+        }
+        (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "not listening\n"),
     }
 }
 
@@ -169,6 +172,30 @@ mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::time::timeout;
+
+    async fn ask(address: SocketAddr, path: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn while_the_disk_is_full_it_lives_and_is_not_ready_and_says_why() {
+        let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (page, status) = watch::channel(StatusPage { listening: true, ..StatusPage::default() });
+        let server = tokio::spawn(serve(listener, Telemetry::new(), status, std::future::pending()));
+        assert!(ask(address, "/readyz").await.ends_with("ready\n"));
+        page.send_modify(|page| page.disk_full = true);
+        let answer = ask(address, "/readyz").await;
+        assert!(answer.starts_with("HTTP/1.0 503") && answer.contains("the disk is full"), "{answer}");
+        assert!(ask(address, "/healthz").await.starts_with("HTTP/1.0 200"));
+        page.send_modify(|page| page.disk_full = false);
+        assert!(ask(address, "/readyz").await.starts_with("HTTP/1.0 200"));
+        server.abort();
+    }
 
     #[tokio::test]
     async fn who_opens_many_connections_and_says_nothing_takes_a_bounded_number_of_files() {

@@ -497,7 +497,13 @@ impl Spool {
     fn remove(self, declared: &Declared) -> Result<(), IntakeError> {
         if let SpoolPlace::Named(Some(part)) = self.place {
             let path = declared.spools.run.join(&part.name);
-            fs::remove_file(&path).map_err(StateError::io(&path, "remove"))?;
+            match fs::remove_file(&path) {
+                // The store removes what belongs to no open task.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(StateError::io(&path, "remove")(error).into());
+                }
+                _ => {}
+            }
         }
         Ok(())
     }

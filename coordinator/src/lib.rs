@@ -54,7 +54,7 @@ use crate::intake::Spools;
 use crate::show::{Look, Show, StatusPage};
 use crate::state::{StateDir, StateError};
 use crate::store::{Disks, Loaded, ModelState, OpenedRun, RunError, open_run, real_disks};
-use crate::telemetry::Telemetry;
+use crate::telemetry::{Telemetry, lossy};
 use crate::workshop::{Done, Workshop, WorkshopError, write_model};
 
 /// Events of connections that may wait for the loop.
@@ -231,6 +231,7 @@ impl Began {
         let Loaded { store, schema, state, whole, .. } = loaded;
         let mut machine = self.machine;
         machine.handle(Time(0), Input::Start { start: self.start, whole });
+        self.telemetry.metrics.state_bytes.set(lossy(store.bytes_on_disk()));
         let durable = plan.rounds.durability == Durability::Update;
         let (workshop, done) = Workshop::new(plan, store, self.model_dir, schema, state, self.telemetry.clone())?;
         check_model(machine.summary().model, workshop.model())?;
@@ -255,7 +256,8 @@ impl Began {
             let _ = listening.send(Bound { address, http: http_address, invitation });
         }
         let status = Some(machine.status());
-        let (page, status) = watch::channel(StatusPage { listening: false, address: Some(address), status, figures });
+        let (page, status) =
+            watch::channel(StatusPage { address: Some(address), status, figures, ..StatusPage::default() });
         let helpers = Helpers::spawn(sockets, self.registrar, self.telemetry, status)?;
         let exit_when_done = options.settings.exit_when_done;
         let (door, show, jobs) = (Arc::clone(&helpers.door), self.show, workshop.jobs);

@@ -396,6 +396,8 @@ fn sentence(train_loss: Option<f64>, evaluation: &EvaluationSummary) -> String {
 pub struct StatusPage {
     /// Whether workers can come in.
     pub listening: bool,
+    /// Whether the run waits for room on the disk.
+    pub disk_full: bool,
     /// Where they come in.
     pub address: Option<SocketAddr>,
     /// What the machine says.
@@ -413,6 +415,7 @@ impl StatusPage {
         serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
             "listening": self.listening,
+            "disk_full": self.disk_full,
             "address": self.address,
             "run": status.map(|s| s.run),
             "stage": status.map(|s| s.stage),

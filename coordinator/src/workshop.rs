@@ -259,7 +259,9 @@ impl Workshop {
         std::thread::Builder::new().name("workshop".to_owned()).spawn(move || {
             self.begin().unwrap_or_else(|error| self.say(Done::Broken(error)));
             while let Some(job) = queue.blocking_recv() {
-                self.persist(job);
+                if self.persist(job).is_break() {
+                    return;
+                }
                 if queue.is_empty() {
                     self.flush().unwrap_or_else(|error| self.say(Done::Broken(error)));
                 }
@@ -278,8 +280,9 @@ impl Workshop {
         Ok(())
     }
 
-    /// Does a job, however long there is no room for it.
-    fn persist(&mut self, job: Job) {
+    /// Does a job, however long there is no room for it. Once the loop has ended nobody waits for room any more, and
+    /// nothing that comes after this job may be done: nobody was told of either.
+    fn persist(&mut self, job: Job) -> ControlFlow<()> {
         let mut next = Some(job);
         let mut told = false;
         while let Some(job) = next.take() {
@@ -288,6 +291,9 @@ impl Workshop {
                 Err(error) => self.say(Done::Broken(error)),
             }
             if next.is_some() {
+                if self.done.is_closed() {
+                    return ControlFlow::Break(());
+                }
                 if !std::mem::replace(&mut told, true) {
                     self.say(Done::DiskFull);
                 }
@@ -297,6 +303,7 @@ impl Workshop {
         if told {
             self.say(Done::DiskBack);
         }
+        ControlFlow::Continue(())
     }
 
     fn restore(&mut self, state: ModelState) -> Result<(), WorkshopError> {
