@@ -13,6 +13,11 @@ use protocol::federation::{Event, Gone, Notice, RoundFigures, Stage, Status};
 use protocol::ids::{Hash, RunId};
 use serde::Serialize;
 
+use crate::intake::is_full;
+
+/// Lines that may wait for room on the disk that a program has them written to.
+const PENDING_BYTES_MAX: usize = 1 << 20;
+
 /// One line of `--json`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -151,7 +156,7 @@ impl From<&RoundFigures> for Round {
 /// Where lines go.
 pub struct Show {
     /// Where JSON lines go, if a program reads.
-    json: Option<Box<dyn Write + Send>>,
+    json: Option<Lines>,
     look: Look,
     rounds: u32,
     /// The run is over: only its end is still to be told, and who leaves now is no news.
@@ -228,6 +233,7 @@ impl Show {
         if let Look::Bar(bar) = &look {
             bar.set_length(rounds.into());
         }
+        let json = json.map(|out| Lines { out, pending: Vec::new() });
         Self { json, look, rounds, is_over: false }
     }
 
@@ -239,8 +245,7 @@ impl Show {
     /// Writes a line for a program.
     pub fn line(&mut self, line: &Line<'_>) {
         let Some(json) = &mut self.json else { return };
-        let written = serde_json::to_string(line).map_err(io::Error::other);
-        if written.and_then(|text| writeln!(json, "{text}").and_then(|()| json.flush())).is_err() {
+        if json.write(line).is_err() {
             self.json = None;
             tracing::warn!("nobody reads the JSON lines any more");
         }
@@ -377,6 +382,36 @@ impl Show {
     }
 }
 
+/// Lines on their way to a program.
+struct Lines {
+    out: Box<dyn Write + Send>,
+    /// What a file on a full disk had no room for.
+    pending: Vec<u8>,
+}
+
+impl Lines {
+    fn write(&mut self, line: &Line<'_>) -> io::Result<()> {
+        serde_json::to_writer(&mut self.pending, line)?;
+        self.pending.push(b'\n');
+        match self.drain() {
+            Err(error) if is_full(&error) && self.pending.len() <= PENDING_BYTES_MAX => Ok(()),
+            drained => drained,
+        }
+    }
+
+    fn drain(&mut self) -> io::Result<()> {
+        while !self.pending.is_empty() {
+            match self.out.write(&self.pending) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => drop(self.pending.drain(..written)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.out.flush()
+    }
+}
+
 /// The figures that there are.
 fn sentence(train_loss: Option<f64>, evaluation: &EvaluationSummary) -> String {
     let figures = [
@@ -507,6 +542,38 @@ mod tests {
         show.round(&figures());
         assert!(show.json.is_none());
         show.round(&figures());
+    }
+
+    #[test]
+    fn lines_that_a_full_disk_has_no_room_for_come_whole_when_it_has() {
+        #[derive(Clone, Default)]
+        struct Disk(Arc<Mutex<(Vec<u8>, usize)>>);
+        impl Write for Disk {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                let (written, room) = &mut *self.0.lock().unwrap();
+                let count = bytes.len().min(*room);
+                if count == 0 {
+                    return Err(io::ErrorKind::StorageFull.into());
+                }
+                written.extend_from_slice(&bytes[..count]);
+                *room -= count;
+                Ok(count)
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let disk = Disk::default();
+        let mut show = Show::new(Some(Box::new(disk.clone())), Look::Silent, 30);
+        for room in [7, 0, 1 << 20] {
+            disk.0.lock().unwrap().1 = room;
+            show.line(&Line::Resumed);
+        }
+        let text = String::from_utf8(disk.0.lock().unwrap().0.clone()).unwrap();
+        assert_eq!(text, "{\"event\":\"resumed\"}\n".repeat(3));
+        disk.0.lock().unwrap().1 = 0;
+        (0..PENDING_BYTES_MAX / 10).for_each(|_| show.line(&Line::Resumed));
+        assert!(show.json.is_none(), "what waits is bounded");
     }
 
     #[test]
