@@ -1,4 +1,4 @@
-//! The files of one directory, as the store sees them: eight calls, and what each of them promises.
+//! The files of one directory, as the store sees them: seven calls, and what each of them promises.
 //!
 //! [`RealDisk`] is a directory. The simulator has another one, which loses, tears and reorders what was not synced;
 //! so whatever the store rests on is said here, at [`Disk`], and nowhere else.
@@ -220,7 +220,8 @@ pub(crate) fn write_aside(
         return written;
     }
     disk.rename(&aside, name).map_err(StoreError::io(name, "rename to"))?;
-    disk.sync(name).map_err(StoreError::io(name, "sync"))?;
+    // It has its name now, and whether that lasts is not known: there is no way back to what was.
+    disk.sync(name).map_err(|source| StoreError::Unsynced { file: name.to_owned(), source })?;
     written
 }
 

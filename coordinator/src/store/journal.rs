@@ -312,9 +312,14 @@ impl Journal {
         let part = self.part + 1;
         let head = part_head(&self.scope, self.plan, part, &self.chain);
         let file = self.scope.file(part);
-        let written = write_aside(disk, &file, |aside| aside.put(&head))?;
+        let written = write_aside(disk, &file, |aside| aside.put(&head));
+        // If it may be there, nothing may be put before it any more.
+        self.failed = matches!(&written, Err(error) if !error.is_full());
+        let written = written?;
         // From here on the disk holds it open: whoever removes it cannot have it made anew, without a head.
-        disk.append(&file, &[]).map_err(StoreError::io(&file, "write"))?;
+        self.failed = true;
+        disk.append(&file, &[]).map_err(|source| StoreError::Io { file, verb: "write", source })?;
+        self.failed = false;
         self.chain.copy_from_slice(&head[head.len() - 32..]);
         self.written_chain = self.chain;
         (self.part, self.written, self.durable) = (part, written, written);

@@ -1041,6 +1041,111 @@ mod tests {
         }
     }
 
+    /// The whole script again and again, on a disk of which one operation fails once: a full disk is tried again, and
+    /// for everything else the process ends and another one goes on. In the end all is there, once.
+    fn every_failure(bytes: usize, kind: io::ErrorKind, power_cut: bool) {
+        let rounds = 8;
+        let expected = run_of(rounds, bytes).1;
+        for k in 0.. {
+            let mut disk = TestDisk::default();
+            disk.fail_once(k, kind);
+            let mut script: Option<RunStore> = None;
+            let (mut done, mut restarts) = (0, 0);
+            while done < expected.len() {
+                let Some(store) = &mut script else {
+                    let had_failed = disk.has_failed();
+                    let loaded = match open(&disk) {
+                        Ok(loaded) => loaded,
+                        Err(error) => {
+                            assert!(!had_failed, "failed at {k}, and never opens again: {error}");
+                            continue;
+                        }
+                    };
+                    assert!(loaded.warnings.is_empty() || power_cut, "{k}: {:?}", loaded.warnings);
+                    done = loaded.events.len();
+                    script = Some(loaded.store);
+                    continue;
+                };
+                match step(store, &mut disk, &expected[done], bytes) {
+                    Ok(()) => done += 1,
+                    Err(error) if error.is_full() => {}
+                    Err(error) => {
+                        assert!(restarts < 2, "failed at {k}, and again: {error}");
+                        restarts += 1;
+                        script = None;
+                        disk.crash(if power_cut { 0 } else { 2 });
+                    }
+                }
+            }
+            while let Some(Err(error)) = script.as_mut().map(RunStore::sync) {
+                script = if error.is_full() { script } else { Some(open(&disk).unwrap().store) };
+            }
+            let has_failed = disk.has_failed();
+            disk.crash(0);
+            let loaded = open(&disk).unwrap();
+            assert_eq!(loaded.events.len(), expected.len(), "failed at {k}");
+            assert_eq!((loaded.events == expected, loaded.state), (true, Some(model(rounds, bytes))), "failed at {k}");
+            if !has_failed {
+                return;
+            }
+        }
+    }
+
+    /// One fact of the script, with all that belongs to it.
+    fn step(store: &mut RunStore, disk: &mut TestDisk, event: &Event, bytes: usize) -> Result<(), StoreError> {
+        match event {
+            Event::Surveyed { .. } => {
+                let state = model(0, bytes);
+                store.append(event, Attachment::First { schema: SCHEMA, state: &state })?;
+            }
+            Event::Held { task, .. } if bytes > SMALL.attached_bytes => {
+                let content = payload(u32::try_from(task.0 & 0xff).unwrap(), bytes);
+                let part = format!("payload-{}-{task}.part-1", Hash::of(&content));
+                if store.payload(*task, Hash::of(&content))?.is_none() {
+                    // What another attempt left half.
+                    let _ = disk.remove(&part);
+                    disk.append(&part, &content).map_err(StoreError::io(&part, "write"))?;
+                    store.keep(*task, Hash::of(&content), &part)?;
+                }
+                store.append(event, Attachment::None)?;
+            }
+            Event::Held { task, .. } => {
+                let content = payload(u32::try_from(task.0 & 0xff).unwrap(), bytes);
+                store.append(event, Attachment::Payload(&content))?;
+            }
+            Event::Committed { figures, .. } => {
+                let state = model(figures.round, bytes);
+                store.append(event, Attachment::Model(&state))?;
+            }
+            other => store.append(other, Attachment::None)?,
+        }
+        if event.is_commit() {
+            loop {
+                match store.sync() {
+                    Err(error) if error.is_full() => {}
+                    synced => break synced.map(drop),
+                }
+            }
+        } else {
+            loop {
+                match store.flush() {
+                    Err(error) if error.is_full() => {}
+                    flushed => break flushed,
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn any_operation_may_fail_once_and_all_is_there_in_the_end() {
+        for bytes in [500, 1000] {
+            for kind in [io::ErrorKind::StorageFull, io::ErrorKind::Other] {
+                every_failure(bytes, kind, false);
+                every_failure(bytes, kind, true);
+            }
+        }
+    }
+
     #[test]
     fn a_directory_that_may_not_be_written_is_refused_with_the_remedy() {
         let (disk, _) = run_of(1, 100);

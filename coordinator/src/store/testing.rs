@@ -29,8 +29,9 @@ struct Files {
     names: BTreeMap<String, u64>,
     durable_names: BTreeMap<String, u64>,
     count: u64,
-    /// So many more operations, then nothing works.
+    /// So many more operations, then nothing works; or one does not.
     operations: Option<u64>,
+    once: Option<io::ErrorKind>,
     room: Option<u64>,
     fails: (String, Option<io::ErrorKind>),
 }
@@ -43,6 +44,17 @@ impl TestDisk {
     /// Nothing works after so many operations.
     pub(crate) fn stop_after(&self, operations: u64) {
         self.files().operations = Some(operations);
+    }
+
+    /// After so many operations one fails.
+    pub(crate) fn fail_once(&self, operations: u64, kind: io::ErrorKind) {
+        let mut files = self.files();
+        (files.operations, files.once) = (Some(operations), Some(kind));
+    }
+
+    /// Whether every failure that was ordered has come.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.files().once.is_none()
     }
 
     /// The disk has room for so many bytes more.
@@ -104,6 +116,10 @@ impl TestDisk {
 impl Files {
     fn operation(&mut self, what: &str) -> io::Result<()> {
         let stopped = self.operations == Some(0);
+        if stopped && let Some(kind) = self.once.take() {
+            self.operations = None;
+            return Err(kind.into());
+        }
         self.operations = self.operations.map(|left| left.saturating_sub(1));
         match self.fails.1.filter(|_| self.fails.0 == what) {
             Some(kind) => Err(kind.into()),
