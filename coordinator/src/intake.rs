@@ -261,7 +261,7 @@ enum Place {
     Secret(Vec<u8>),
     Spooled(String),
     Sealed {
-        file: File,
+        file: Nameless,
         id: ContentId,
         key: ContentKey,
     },
@@ -329,7 +329,9 @@ impl Payload {
             Place::Spooled(part) => open(part)
                 .and_then(|file| read_plain(file, &mut see))
                 .map_err(|error| StateError::io(Path::new(part), "read back")(error)),
-            Place::Sealed { file, id, key } => read_sealed(file, *id, key, &mut see).map_err(unreadable),
+            Place::Sealed { file, id, key } => {
+                file.file().and_then(|file| read_sealed(file, *id, key, &mut see)).map_err(unreadable)
+            }
         }
     }
 
@@ -383,7 +385,7 @@ struct Spool {
 enum SpoolPlace {
     Memory,
     Named(Option<Part>),
-    Sealed { file: Option<File>, id: ContentId, key: ContentKey, sealer: Box<BroadcastSealer> },
+    Sealed { file: Option<Nameless>, id: ContentId, key: ContentKey, sealer: Box<BroadcastSealer> },
 }
 
 impl Spool {
@@ -454,7 +456,7 @@ impl Spool {
             }
             SpoolPlace::Sealed { file, .. } => {
                 let written = made(file, || nameless_file(&spools.rows, declared.task))
-                    .and_then(|file| file.write_all_at(&self.buffer, self.written));
+                    .and_then(|nameless| nameless.file()?.write_all_at(&self.buffer, self.written));
                 (spools.rows.clone(), written)
             }
         };
@@ -611,8 +613,26 @@ fn new_part(declared: &Declared) -> io::Result<Part> {
     Err(io::ErrorKind::AlreadyExists.into())
 }
 
-/// A file that is gone when the last handle is.
-fn nameless_file(spool: &Path, task: TaskId) -> io::Result<File> {
+/// A file that is gone when its handle is. Giving back the room of a large one takes the operating system a while, for
+/// which no task of the runtime waits.
+#[derive(Debug)]
+struct Nameless(Option<File>);
+
+impl Nameless {
+    fn file(&self) -> io::Result<&File> {
+        self.0.as_ref().ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+}
+
+impl Drop for Nameless {
+    fn drop(&mut self) {
+        if let (Some(file), Ok(runtime)) = (self.0.take(), tokio::runtime::Handle::try_current()) {
+            runtime.spawn_blocking(move || drop(file));
+        }
+    }
+}
+
+fn nameless_file(spool: &Path, task: TaskId) -> io::Result<Nameless> {
     let mut salt = [0; 8];
     getrandom::fill(&mut salt)?;
     let path = spool.join(format!("{task}-{}", data_encoding::HEXLOWER.encode(&salt)));
@@ -620,7 +640,7 @@ fn nameless_file(spool: &Path, task: TaskId) -> io::Result<File> {
     options.read(true).write(true).create_new(true).mode(0o600);
     let file = options.open(&path)?;
     fs::remove_file(&path)?;
-    Ok(file)
+    Ok(Nameless(Some(file)))
 }
 
 const _: () = assert!(RECORD_BYTES_MAX + RECORD_TAG_BYTES + BROADCAST_HEADER_BYTES < 1 << 20);
@@ -781,7 +801,7 @@ mod tests {
             let payload = payload.unwrap();
             assert_eq!(home.read(&payload), sent);
             let mut file = match &payload.place {
-                Place::Sealed { file, .. } => file.try_clone().unwrap(),
+                Place::Sealed { file, .. } => file.file().unwrap().try_clone().unwrap(),
                 Place::Spooled(part) => File::open(home.spools.run.join(part)).unwrap(),
                 Place::Memory(_) | Place::Secret(_) => panic!("not spooled"),
             };
