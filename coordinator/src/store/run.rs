@@ -462,6 +462,8 @@ struct Index {
     held: BTreeSet<TaskId>,
     /// Tasks for which a payload may come.
     open: BTreeSet<TaskId>,
+    /// Rounds are made of no updates: one that is made again is another.
+    is_anew: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -512,13 +514,16 @@ impl Index {
                 self.hashes = vec![*model];
                 self.forget_tasks()
             }
-            Event::Committed { figures, .. } => {
+            Event::Committed { entries, figures } => {
+                self.hashes.truncate(figures.round as usize);
                 self.hashes.push(figures.model);
+                self.is_anew = entries.is_empty();
                 self.forget_tasks()
             }
             // Until the last of them, a round that is still to be made again needs what was asked for again.
             Event::Redone { round } if *round as usize + 1 == self.hashes.len() => self.forget_tasks(),
-            Event::Reverted { round } => {
+            // What is made again of the same updates is the same: a file that is whole by then, of whomever, stands.
+            Event::Reverted { round } if self.is_anew => {
                 self.models.split_off(&(round + 1));
                 false
             }
@@ -1285,7 +1290,7 @@ mod tests {
         store.append(&Event::Reverted { round: 4 }, Attachment::None).unwrap();
         store.sync().unwrap();
         let loaded = open(&disk).unwrap();
-        assert_eq!((loaded.state, loaded.whole), (Some(model(4, 1000)), None), "it stands until the redo is done");
+        assert_eq!((loaded.state, loaded.whole), (Some(model(4, 1000)), Some(4)), "it is damaged until the redo is done");
         let (mut store, redone) = (loaded.store, model(5, 1000));
         store.append(&Event::Redone { round: 5 }, Attachment::Model(&redone)).unwrap();
         store.sync().unwrap();
