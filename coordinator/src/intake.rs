@@ -274,6 +274,12 @@ impl Payload {
         Self { bytes: bytes.len() as u64, verified, place: Place::Memory(bytes) }
     }
 
+    /// Rows that are in memory, and never on disk in the clear.
+    #[must_use]
+    pub fn secret(rows: Vec<u8>) -> Self {
+        Self { bytes: rows.len() as u64, verified: None, place: Place::Secret(rows) }
+    }
+
     /// A payload of so many bytes that is in a file of the run's directory.
     #[must_use]
     pub fn spooled(part: String, bytes: u64, verified: Option<Verified>) -> Self {

@@ -87,16 +87,18 @@ impl std::fmt::Debug for Loaded {
     }
 }
 
-/// Sizes from which on something is done differently. Tests have smaller ones.
+/// Sizes from which on something is done differently. Tests and the simulation have smaller ones.
+#[doc(hidden)]
 #[derive(Clone, Copy, Debug)]
-struct Limits {
+pub struct Limits {
     /// A commit begins the next part of the journal if the last is longer.
-    part_bytes: u64,
+    pub part_bytes: u64,
     /// A model up to this is in its commit's record.
-    attached_bytes: usize,
+    pub attached_bytes: usize,
 }
 
-const LIMITS: Limits = Limits { part_bytes: 64 << 20, attached_bytes: ATTACHMENT_BYTES_MAX };
+#[doc(hidden)]
+pub const LIMITS: Limits = Limits { part_bytes: 64 << 20, attached_bytes: ATTACHMENT_BYTES_MAX };
 
 /// The store of one run.
 pub struct RunStore {
@@ -141,7 +143,12 @@ impl RunStore {
         Self::open_with(disk, run, None, clock, LIMITS)
     }
 
-    fn open_with(
+    /// As [`Self::open`], with other limits.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    #[doc(hidden)]
+    pub fn open_with(
         mut disk: Box<dyn Disk>,
         run: RunId,
         plan: Option<Hash>,
