@@ -182,6 +182,7 @@ impl RunStore {
         let (state, whole) = store.newest_model(&mut warnings)?;
         let schema = store.schema()?;
         store.tidy()?;
+        store.find_kept()?;
         Ok(Loaded { store, events, schema, state, whole, warnings })
     }
 
@@ -307,6 +308,11 @@ impl RunStore {
     fn commit(&mut self, event: &Event, state: &ModelState) -> Result<(), StoreError> {
         let (round, hash) = self.index.model_of(event).expect("only what makes a model comes with one");
         let is_large = state.model.len() + state.server.len() + 8 > self.limits.attached_bytes;
+        let is_part_full = self.journal.length() > self.limits.part_bytes;
+        // Both make the journal durable, and with it facts of which these payloads are the matter.
+        if is_large || is_part_full {
+            self.sync_payloads()?;
+        }
         if is_large {
             self.refuse_second(round, hash)?;
             self.flush()?;
@@ -317,7 +323,7 @@ impl RunStore {
             write_model(self.disk.as_mut(), &model_file(round, hash), state)?;
             crash::point("checkpoint.after");
         }
-        if self.journal.length() > self.limits.part_bytes {
+        if is_part_full {
             let length = self.journal.length();
             self.journal.begin_part(self.disk.as_mut())?;
             self.others += length;
@@ -334,6 +340,17 @@ impl RunStore {
             Some((_, kept)) => Err(StoreError::TwoModels { round, kept, redone: hash }),
             None => Ok(()),
         }
+    }
+
+    /// What an earlier process kept and did not sync is held all the same.
+    fn find_kept(&mut self) -> Result<(), StoreError> {
+        let files = self.disk.list().map_err(StoreError::io("the run's directory", "list"))?;
+        for (name, _) in files {
+            if let Some(PayloadName { task, is_part: false, .. }) = PayloadName::parse(&name) {
+                self.kept.insert(task, name);
+            }
+        }
+        Ok(())
     }
 
     /// Of what is replaced by now, nothing need be durable.
@@ -936,6 +953,47 @@ mod tests {
     }
 
     #[test]
+    fn what_a_model_is_made_of_is_durable_before_the_facts_that_rest_on_it() {
+        let mut disk = TestDisk::default();
+        let mut script = Script::new(&disk).unwrap();
+        script.begin(1000).unwrap();
+        let payload = payload(1, 5000);
+        let hash = Hash::of(&payload);
+        let part = format!("payload-{hash}-{}.part-1", task(1));
+        script.append(assigned(task(1), 1), Attachment::None).unwrap();
+        disk.append(&part, &payload).unwrap();
+        script.store.keep(task(1), hash, &part).unwrap();
+        script.append(held(task(1), &payload), Attachment::None).unwrap();
+        script.append(Event::Closed { round: 1 }, Attachment::None).unwrap();
+        let state = model(1, 1000);
+        script.append(committed(1, task(1), &payload, &state), Attachment::Model(&state)).unwrap();
+        disk.crash(0);
+        let loaded = open(&disk).unwrap();
+        assert_eq!(loaded.events.last(), Some(&Event::Closed { round: 1 }), "the commit was not synced");
+        assert_eq!(content(loaded.store.payload(task(1), hash).unwrap()), Some(payload));
+    }
+
+    #[test]
+    fn what_an_earlier_process_kept_is_durable_after_the_next_sync() {
+        let mut disk = TestDisk::default();
+        let mut script = Script::new(&disk).unwrap();
+        script.begin(100).unwrap();
+        let payload = payload(1, 5000);
+        let hash = Hash::of(&payload);
+        let part = format!("payload-{hash}-{}.part-1", task(1));
+        script.append(assigned(task(1), 1), Attachment::None).unwrap();
+        disk.append(&part, &payload).unwrap();
+        script.store.keep(task(1), hash, &part).unwrap();
+        script.append(held(task(1), &payload), Attachment::None).unwrap();
+        script.store.flush().unwrap();
+        drop(script);
+        // The process was killed; what it wrote is in the page cache.
+        open(&disk).unwrap().store.sync().unwrap();
+        disk.crash(0);
+        assert_eq!(content(open(&disk).unwrap().store.payload(task(1), hash).unwrap()), Some(payload));
+    }
+
+    #[test]
     fn old_parts_are_stripped_and_the_facts_and_the_first_model_stay() {
         let (mut disk, events) = run_of(30, 500);
         let parts = names(&disk, JOURNAL);
@@ -1297,7 +1355,11 @@ mod tests {
         store.append(&Event::Reverted { round: 4 }, Attachment::None).unwrap();
         store.sync().unwrap();
         let loaded = open(&disk).unwrap();
-        assert_eq!((loaded.state, loaded.whole), (Some(model(4, 1000)), Some(4)), "it is damaged until the redo is done");
+        assert_eq!(
+            (loaded.state, loaded.whole),
+            (Some(model(4, 1000)), Some(4)),
+            "it is damaged until the redo is done"
+        );
         let (mut store, redone) = (loaded.store, model(5, 1000));
         store.append(&Event::Redone { round: 5 }, Attachment::Model(&redone)).unwrap();
         store.sync().unwrap();
