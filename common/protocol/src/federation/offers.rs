@@ -9,7 +9,7 @@ use crate::messages::{Encoding, Failure, Manifest, Receipt, Refusal, TaskKind, T
 use crate::plan::{Durability, Mode};
 
 use super::state::{Task, TaskState, Work};
-use super::{Act, Event, EventNo, Federation, Gate, Gone, HeldUpdate, Notice, Output, Withdrawal};
+use super::{Act, Entry, Event, EventNo, Federation, Gate, Gone, HeldUpdate, Notice, Output, Withdrawal};
 
 /// An accepted offer whose payload is not held yet.
 #[derive(Clone, Debug)]
@@ -365,6 +365,15 @@ impl Federation {
         for task in tasks {
             self.stop_receiving(task);
         }
+    }
+
+    /// A worker that died between the commit and its receipt may have nothing left to ask with.
+    pub(super) fn receipt_of_last(&mut self, conn: ConnId, worker: WorkerId) {
+        let last = self.durable.latest.get(&worker).and_then(|task| self.durable.committed.get(task));
+        let Some(&(round, Entry { task, hash, .. })) = last else { return };
+        let Some(model_hash) = self.durable.model_of(round) else { return };
+        let receipt = Receipt { run: self.durable.run, worker, task, hash, round, model_hash };
+        self.act_on_commit(Act::Receipt { conn, receipt });
     }
 
     /// Everybody who is in gets its open task, as if it had come back now.

@@ -32,6 +32,8 @@ pub(super) struct Durable {
     pub(super) rounds: Vec<Hash>,
     /// Where each committed task is: its round, and its entry.
     pub(super) committed: BTreeMap<TaskId, (u32, Entry)>,
+    /// The newest committed task of each worker.
+    pub(super) latest: BTreeMap<WorkerId, TaskId>,
     pub(super) figures: Option<RoundFigures>,
     pub(super) seconds: Vec<f64>,
     /// What was shared, in `central` mode. A restart forgets it.
@@ -231,6 +233,7 @@ impl Durable {
             model: None,
             rounds: Vec::new(),
             committed: BTreeMap::new(),
+            latest: BTreeMap::new(),
             figures: None,
             seconds: Vec::new(),
             rows: None,
@@ -356,6 +359,7 @@ impl Durable {
         self.rounds.push(figures.model);
         let round = self.round();
         self.committed.extend(entries.iter().map(|entry| (entry.task, (round, *entry))));
+        self.latest.extend(entries.iter().map(|entry| (entry.worker, entry.task)));
         self.model = Some(figures.model);
         self.figures = Some(*figures);
         if self.seconds.len() == DURATIONS_KEPT {
