@@ -207,7 +207,7 @@ fn large() -> String {
     config
         .replace("epochs = 10", "epochs = 1")
         .replace("batch_size = 16", "batch_size = 64")
-        .replace("rounds = 50", "rounds = 5")
+        .replace("rounds = 50", "rounds = 4")
 }
 
 #[test]

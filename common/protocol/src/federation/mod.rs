@@ -310,7 +310,10 @@ impl Federation {
 
     /// Takes the run up where its journal ends.
     fn start(&mut self, start: u32, whole: Option<u32>) {
-        let before = Stage::Gathering;
+        let (before, stage) = (Stage::Gathering, self.durable.phase.stage());
+        if stage != before {
+            self.notice(Notice::Stage { stage, before, seconds: 0.0 });
+        }
         self.emit(Event::Started { start });
         let whole = whole.unwrap_or_else(|| self.durable.round());
         if self.durable.whole() != whole {
@@ -321,10 +324,6 @@ impl Federation {
             self.emit(Event::Voided);
         }
         self.volatile.work_began = self.volatile.now;
-        let stage = self.durable.phase.stage();
-        if stage != before {
-            self.notice(Notice::Stage { stage, before, seconds: 0.0 });
-        }
         self.take_up();
     }
 

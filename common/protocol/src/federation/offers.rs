@@ -367,10 +367,14 @@ impl Federation {
         }
     }
 
-    /// A worker that died between the commit and its receipt may have nothing left to ask with.
+    /// A worker that died between the commit and its receipt may have nothing left to ask with. Of a round that is made
+    /// again nobody is told to delete anything.
     pub(super) fn receipt_of_last(&mut self, conn: ConnId, worker: WorkerId) {
         let last = self.durable.latest.get(&worker).and_then(|task| self.durable.committed.get(task));
         let Some(&(round, Entry { task, hash, .. })) = last else { return };
+        if self.durable.is_redoing() {
+            return;
+        }
         let Some(model_hash) = self.durable.model_of(round) else { return };
         let receipt = Receipt { run: self.durable.run, worker, task, hash, round, model_hash };
         self.act_on_commit(Act::Receipt { conn, receipt });

@@ -107,6 +107,22 @@ fn damaged_models_are_made_again_of_the_same_updates() {
 }
 
 #[test]
+fn while_a_round_is_made_again_nobody_is_told_to_delete_what_it_may_be_asked_for() {
+    let mut fleet = Fleet::new(exact(3, 4), 3);
+    fleet.sync_time = secs(1);
+    fleet.run_until(|fleet| fleet.rounds() == 2);
+    fleet.run_for(Duration::from_millis(1000));
+    let receipts = fleet.receipts_said;
+    fleet.kill_coordinator();
+    (fleet.damaged, fleet.step_time) = (1, secs(5));
+    fleet.start_coordinator();
+    fleet.run_for(secs(3));
+    assert_eq!((fleet.stage(), fleet.receipts_said), (Stage::Committing, receipts));
+    fleet.run_to_end();
+    assert_eq!(fleet.model(), model_of(4));
+}
+
+#[test]
 fn a_coordinator_that_dies_while_it_makes_models_again_goes_on_with_that() {
     let mut fleet = Fleet::new(exact(3, 4), 3);
     fleet.run_until(|fleet| fleet.rounds() == 3 && fleet.stage() == Stage::Training);
