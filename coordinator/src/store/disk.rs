@@ -69,6 +69,8 @@ pub struct RealDisk {
     handles: BTreeMap<String, File>,
     /// Names that came since the directory was last synced.
     fresh: BTreeSet<String>,
+    /// The directory was synced by this process: before, a name may be one that a killed process never made durable.
+    is_known: bool,
 }
 
 impl RealDisk {
@@ -78,7 +80,8 @@ impl RealDisk {
     /// If it cannot be opened.
     pub fn new(path: &Path) -> io::Result<Self> {
         let directory = File::open(path)?;
-        Ok(Self { path: path.to_owned(), directory, handles: BTreeMap::new(), fresh: BTreeSet::new() })
+        let (handles, fresh) = (BTreeMap::new(), BTreeSet::new());
+        Ok(Self { path: path.to_owned(), directory, handles, fresh, is_known: false })
     }
 
     fn handle(&mut self, name: &str) -> io::Result<&mut File> {
@@ -157,9 +160,10 @@ impl Disk for RealDisk {
                 self.check_place(&file)?;
             }
         }
-        if self.fresh.contains(name) {
+        if !self.is_known || self.fresh.contains(name) {
             self.directory.sync_all()?;
             self.fresh.clear();
+            self.is_known = true;
         }
         Ok(())
     }
