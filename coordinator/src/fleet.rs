@@ -27,6 +27,7 @@ use transport::{CloseCode, Connection, TrafficTotals};
 use crate::conn::{Door, FromConn, Joined, Received, Saying, Ticket, on_compute_pool};
 use crate::control::Command;
 use crate::core::{Core, Effect};
+use crate::crash;
 use crate::intake::{Declared, Part, Spools, resume_from};
 use crate::registry::Worker;
 use crate::show::{Show, StatusPage};
@@ -599,7 +600,10 @@ impl Fleet {
         metrics.journal_sync_seconds.record(took.as_secs_f64());
         metrics.journal_bytes.increment(bytes);
         metrics.state_bytes.set(lossy(on_disk));
+        crash::point("answer.before");
         self.core.synced(no);
+        self.drain();
+        crash::point("answer.after");
     }
 
     fn written(&mut self, path: &Path) {
