@@ -486,6 +486,8 @@ struct Index {
     held: BTreeSet<TaskId>,
     /// Tasks for which a payload may come.
     open: BTreeSet<TaskId>,
+    /// Tasks that were given since the last commit: those of the work that is open.
+    given: BTreeSet<TaskId>,
     /// Rounds are made of no updates: one that is made again is another.
     is_anew: bool,
 }
@@ -509,6 +511,7 @@ impl Index {
         }
         match event {
             Event::Assigned { task, .. } => {
+                self.given.insert(*task);
                 self.open.insert(*task);
                 false
             }
@@ -544,8 +547,13 @@ impl Index {
                 self.is_anew = entries.is_empty();
                 self.forget_tasks()
             }
-            // Until the last of them, a round that is still to be made again needs what was asked for again.
-            Event::Redone { round } if *round as usize + 1 == self.hashes.len() => self.forget_tasks(),
+            // Until the last of them, a round that is still to be made again needs what was asked for again. What is held
+            // for the round that is open stays.
+            Event::Redone { round } if *round as usize + 1 == self.hashes.len() => {
+                self.held.retain(|task| self.given.contains(task));
+                self.open.retain(|task| self.given.contains(task));
+                true
+            }
             // What is made again of the same updates is the same: a file that is whole by then, of whomever, stands.
             Event::Reverted { round } if self.is_anew => {
                 self.models.split_off(&(round + 1));
@@ -559,6 +567,7 @@ impl Index {
     fn forget_tasks(&mut self) -> bool {
         self.held.clear();
         self.open.clear();
+        self.given.clear();
         true
     }
 
@@ -971,6 +980,29 @@ mod tests {
         let loaded = open(&disk).unwrap();
         assert_eq!(loaded.events.last(), Some(&Event::Closed { round: 1 }), "the commit was not synced");
         assert_eq!(content(loaded.store.payload(task(1), hash).unwrap()), Some(payload));
+    }
+
+    #[test]
+    fn what_is_held_for_the_open_round_outlives_the_making_again_of_an_earlier_one() {
+        let mut disk = TestDisk::default();
+        let mut script = Script::new(&disk).unwrap();
+        script.begin(1000).unwrap();
+        script.round(&mut disk, 1, 1000).unwrap();
+        let payload = payload(2, 5000);
+        let (hash, coming) = (Hash::of(&payload), TaskId::new(1, 9));
+        let part = |task: TaskId| format!("payload-{hash}-{task}.part-1");
+        script.append(assigned(task(2), 2), Attachment::None).unwrap();
+        script.append(assigned(coming, 2), Attachment::None).unwrap();
+        disk.append(&part(task(2)), &payload).unwrap();
+        script.store.keep(task(2), hash, &part(task(2))).unwrap();
+        script.append(held(task(2), &payload), Attachment::None).unwrap();
+        script.append(Event::Reverted { round: 0 }, Attachment::None).unwrap();
+        disk.append(&part(coming), b"half").unwrap();
+        let state = model(1, 1000);
+        script.append(Event::Redone { round: 1 }, Attachment::Model(&state)).unwrap();
+        script.sync().unwrap();
+        assert_eq!(content(script.store.payload(task(2), hash).unwrap()), Some(payload));
+        assert_eq!(script.store.parts().unwrap(), [(part(coming), 4)]);
     }
 
     #[test]
