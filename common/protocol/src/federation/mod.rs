@@ -15,6 +15,8 @@
 
 mod events;
 mod offers;
+#[doc(hidden)]
+pub mod planted;
 mod rounds;
 mod state;
 #[cfg(test)]

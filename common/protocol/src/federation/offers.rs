@@ -8,6 +8,7 @@ use crate::limits::{EXAMPLES_MAX, PAYLOAD_AT_ONCE_BYTES_MAX, ROWS_BYTES_MAX, SUR
 use crate::messages::{Encoding, Failure, Manifest, Receipt, Refusal, TaskKind, ToWorker};
 use crate::plan::{Durability, Mode};
 
+use super::planted::{Bug, is_planted};
 use super::state::{Task, TaskState, Work};
 use super::{Act, Entry, Event, EventNo, Federation, Gate, Gone, HeldUpdate, Notice, Output, Withdrawal};
 
@@ -93,6 +94,7 @@ impl Federation {
             return Answer::Refuse(Refusal::WrongWorker);
         }
         match &task.state {
+            TaskState::Held(_) if is_planted(Bug::HeldTwice) => self.answer_open(conn, work, weight_max, manifest),
             TaskState::Withdrawn(_) => Answer::Late,
             TaskState::Held(update) if update.hash == manifest.hash => {
                 Answer::Again(ToWorker::Held { task: manifest.task, hash: manifest.hash })
@@ -215,7 +217,7 @@ impl Federation {
     pub(super) fn verified(&mut self, task: TaskId, hash: Hash, norm: f64) {
         // A result of what was replaced or forgotten says nothing of what is held or coming now.
         let Some(mut receiving) = self.received(task, hash) else { return };
-        if !self.task_is_open(task) {
+        if !self.task_is_open(task) && !is_planted(Bug::HeldTwice) && !is_planted(Bug::LateFolded) {
             return self.act(Act::Forget { task, hash });
         }
         receiving.update.norm = norm;
@@ -317,7 +319,9 @@ impl Federation {
     }
 
     pub(super) fn withdraw(&mut self, task: TaskId, why: Withdrawal) {
-        self.stop_receiving(task);
+        if !is_planted(Bug::LateFolded) {
+            self.stop_receiving(task);
+        }
         self.volatile.fleet_changed = true;
         self.emit(Event::Withdrawn { task, why });
     }
