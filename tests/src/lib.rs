@@ -5,6 +5,7 @@ pub mod fleet;
 pub mod home;
 pub mod live;
 pub mod process;
+pub mod sim;
 pub mod stranger;
 
 use std::io::Write as _;
