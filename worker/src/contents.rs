@@ -63,22 +63,30 @@ impl<S> Contents<S> {
         let named = named(assigned);
         // What an earlier task wanted may still come, and is not kept then: it would take the place of what is wanted.
         self.expected.retain(|id, _| named.iter().any(|(content, _)| content.id == *id));
-        let mut due = Vec::new();
-        for (content, kind) in named {
-            if self.has(&content.hash, kind) {
-                continue;
-            }
-            if !self.expected.get(&content.id).is_some_and(|(_, _, reading)| *reading) {
-                let stream = self.arrived.remove(&content.id);
-                self.expected.insert(content.id, (content.clone(), kind, stream.is_some()));
-                due.extend(stream.map(|stream| Due { stream, content, kind }));
-            }
+        named.into_iter().filter_map(|(content, kind)| self.expect_one(content, kind)).collect()
+    }
+
+    fn expect_one(&mut self, content: ContentRef, kind: ContentKind) -> Option<Due<S>> {
+        let is_read = self.expected.get(&content.id).is_some_and(|(_, _, reading)| *reading);
+        if is_read || self.has(&content.hash, kind) {
+            return None;
         }
+        let stream = self.arrived.remove(&content.id);
+        self.expected.insert(content.id, (content.clone(), kind, stream.is_some()));
+        stream.map(|stream| Due { stream, content, kind })
+    }
+
+    /// Drops the streams of what `assigned` names and nobody expects: it is here already, or the task needs no work. A
+    /// schema that is not here is expected all the same, and its stream given out if it came: a worker that was restarted
+    /// and offers what it kept needs none now, but the next task does, and a connection streams nothing twice.
+    pub(crate) fn settle(&mut self, assigned: &Assigned) -> Option<Due<S>> {
+        let schema = assigned.schema.clone();
+        let due = schema.and_then(|schema| self.expect_one(schema, ContentKind::Schema));
+        self.drop_unexpected(assigned);
         due
     }
 
-    /// Drops the streams of what `assigned` names and nobody expects: it is here already, or the task needs no work.
-    pub(crate) fn settle(&mut self, assigned: &Assigned) {
+    fn drop_unexpected(&mut self, assigned: &Assigned) {
         for (content, _) in named(assigned) {
             if !self.expected.contains_key(&content.id) && self.arrived.remove(&content.id).is_none() {
                 if self.unneeded.len() == UNNEEDED_MAX {
@@ -223,6 +231,24 @@ mod tests {
         assert!(contents.arrived(ContentId([1; 16]), "after").is_none());
         assert!(contents.arrived.is_empty());
         assert!(contents.unneeded.is_empty());
+    }
+
+    #[test]
+    fn a_task_that_needs_no_work_brings_the_schema_that_the_next_one_needs() {
+        for schema_comes_first in [true, false] {
+            let mut contents = Contents::new();
+            let early = schema_comes_first.then(|| contents.arrived(ContentId([1; 16]), "schema"));
+            assert!(early.is_none_or(|due| due.is_none()));
+            let due = contents.settle(&update(1, 2));
+            let due = due.or_else(|| contents.arrived(ContentId([1; 16]), "schema")).unwrap();
+            assert_eq!(due.kind, ContentKind::Schema);
+            assert!(contents.arrived(ContentId([2; 16]), "model").is_none());
+            assert!(contents.expect(&update(1, 3)).is_empty());
+            fetch(&mut contents, &due);
+            let due = contents.arrived(ContentId([3; 16]), "the next model").unwrap();
+            fetch(&mut contents, &due);
+            assert!(contents.needs(&update(1, 3)).is_some());
+        }
     }
 
     #[test]

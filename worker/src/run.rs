@@ -265,7 +265,7 @@ impl Shell {
                 Next::Exit(ending) => return self.exit(ending).await,
             };
             if let Some(assigned) = self.assigned.take() {
-                self.contents.settle(&assigned);
+                self.contents.settle(&assigned).into_iter().for_each(|due| self.download(due));
             }
             let pulse = self.pulse();
             let happening = tokio::select! {
