@@ -9,7 +9,7 @@
 
 use std::collections::VecDeque;
 
-use protocol::federation::{Act, Event, EventNo, Federation, Gate, Input, Output};
+use protocol::federation::{Act, Event, EventNo, Federation, Gate, Input, Notice, Output, Pause};
 use protocol::ids::Time;
 
 use crate::workshop::Job;
@@ -169,7 +169,12 @@ impl Gates {
         if event.is_commit() {
             self.wanted = self.appended;
         }
-        self.untold.push_back((self.appended, event));
+        // What was to be told before it may wait for the very room that this asks for.
+        if matches!(event, Event::Notice(Notice::Paused(Pause::DiskFull))) {
+            self.untold.push_front((self.appended, event));
+        } else {
+            self.untold.push_back((self.appended, event));
+        }
     }
 
     /// The act, if its gate is open; else it is kept until [`Self::released`].
@@ -264,6 +269,17 @@ mod tests {
         gates.synced = EventNo(2);
         assert_eq!(gates.tellable(), Some(commit()));
         assert_eq!(gates.tellable(), Some(Event::Voided));
+        assert_eq!(gates.tellable(), None);
+    }
+
+    #[test]
+    fn a_full_disk_is_told_while_a_commit_waits_for_room() {
+        let mut gates = Gates::default();
+        let full = Event::Notice(Notice::Paused(Pause::DiskFull));
+        for event in [commit(), full.clone()] {
+            gates.append(event);
+        }
+        assert_eq!(gates.tellable(), Some(full));
         assert_eq!(gates.tellable(), None);
     }
 
