@@ -43,6 +43,17 @@ pub struct Running {
     listening: Option<JoinHandle<()>>,
 }
 
+/// What a process said next.
+#[derive(Debug)]
+pub enum Next {
+    /// This JSON line.
+    Line(Value),
+    /// Nothing for as long as it was listened to.
+    Silence,
+    /// Nothing any more.
+    End,
+}
+
 /// What a process that has ended said.
 #[derive(Debug)]
 pub struct Said {
@@ -178,17 +189,25 @@ impl Running {
     pub fn until_where(&mut self, event: &str, fits: impl Fn(&Value) -> bool) -> Value {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match self.stdout.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(line) => {
-                    let value: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line:?}: {e}"));
-                    self.seen.push_back(line);
-                    if value["event"] == event && fits(&value) {
-                        return value;
-                    }
-                }
-                Err(RecvTimeoutError::Timeout) => panic!("no {event:?} line from {}", self.told()),
-                Err(RecvTimeoutError::Disconnected) => panic!("ended without a {event:?} line: {}", self.told()),
+            match self.next(deadline.saturating_duration_since(Instant::now())) {
+                Next::Line(line) if line["event"] == event && fits(&line) => return line,
+                Next::Line(_) => {}
+                Next::Silence => panic!("no {event:?} line from {}", self.told()),
+                Next::End => panic!("ended without a {event:?} line: {}", self.told()),
             }
+        }
+    }
+
+    /// The next JSON line, if it comes in time.
+    pub fn next(&mut self, within: Duration) -> Next {
+        match self.stdout.recv_timeout(within) {
+            Ok(line) => {
+                let value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line:?}: {e}"));
+                self.seen.push_back(line);
+                Next::Line(value)
+            }
+            Err(RecvTimeoutError::Timeout) => Next::Silence,
+            Err(RecvTimeoutError::Disconnected) => Next::End,
         }
     }
 
@@ -273,7 +292,9 @@ impl Running {
         }
     }
 
-    fn told(&self) -> String {
+    /// All that it said so far, for a failure's message.
+    #[must_use]
+    pub fn told(&self) -> String {
         let lines: Vec<_> = self.seen.iter().cloned().collect();
         format!("{}\nstdout:\n{}\nstderr:\n{}", self.name, lines.join("\n"), self.stderr())
     }

@@ -2,8 +2,10 @@
 
 pub mod data;
 pub mod fleet;
+pub mod flights;
 pub mod home;
 pub mod live;
+pub mod netns;
 pub mod process;
 pub mod sim;
 pub mod stranger;

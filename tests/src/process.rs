@@ -81,8 +81,10 @@ impl Drop for Process {
 /// If the binary is not there.
 #[must_use]
 pub fn ours(binary: &str, home: &Path) -> Command {
-    let own = std::env::current_exe().expect("a test knows its own path");
-    let path = own.parent().and_then(Path::parent).expect("tests lie in deps/ below the binaries").join(binary);
+    let own = std::env::current_exe().expect("a program knows its own path");
+    let beside = own.parent().expect("a program lies in a folder");
+    // Tests lie in deps/ below the binaries.
+    let path = if beside.ends_with("deps") { beside.join("..") } else { beside.to_owned() }.join(binary);
     assert!(path.is_file(), "{} is not built: `make binaries` does it", path.display());
     let mut command = Command::new(path);
     let mine = |name: &OsStr| name.to_string_lossy().starts_with("TRIBUTARY_");

@@ -13,3 +13,4 @@ mod network;
 mod runs;
 mod state;
 mod updates;
+mod weather;
