@@ -8,7 +8,7 @@ export RAYON_NUM_THREADS = 1
 export CANDLE_NUM_THREADS = 1
 
 .NOTPARALLEL:
-.PHONY: help build test demo fmt fmt-check lint doc fences binaries clean
+.PHONY: help build test demo soak fmt fmt-check lint doc fences binaries clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -23,6 +23,9 @@ test: fmt-check lint doc fences binaries ## everything that CI runs
 demo: ## train on three airports' flights and compare with pooled and local training
 	$(CARGO) build --release --locked -p tributary-coordinator -p tributary-worker -p tributary-tests --bins
 	@$(TARGET)/release/demo deploy/demo
+
+soak: binaries ## kill the coordinator and the workers of a real fleet 200 times
+	@$(TARGET)/debug/soak
 
 fmt: ## format the code
 	$(CARGO) fmt --all

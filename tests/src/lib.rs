@@ -8,6 +8,7 @@ pub mod live;
 pub mod netns;
 pub mod process;
 pub mod sim;
+pub mod soak;
 pub mod stranger;
 
 use std::io::Write as _;

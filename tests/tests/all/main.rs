@@ -11,6 +11,7 @@ mod modes;
 mod monitoring;
 mod network;
 mod runs;
+mod soak;
 mod state;
 mod updates;
 mod weather;
