@@ -45,6 +45,7 @@ fences: ## what each crate may depend on, and what protocol may call
 # The tests find the binaries beside their own executable.
 binaries: ## the binaries as the tests run them
 	$(CARGO) build --locked --workspace --bins
+	$(CARGO) build --locked --workspace --features tributary-coordinator/crash-points --bin coordinator-crashing
 
 clean: ## remove what was built
 	$(CARGO) clean

@@ -4,6 +4,7 @@
 mod canary;
 mod commandline;
 mod config;
+mod crash;
 mod csv;
 mod deploy;
 mod identity;
