@@ -5,6 +5,7 @@ pub mod fleet;
 pub mod flights;
 pub mod home;
 pub mod live;
+pub mod mount;
 pub mod netns;
 pub mod process;
 pub mod sim;

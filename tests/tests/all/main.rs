@@ -7,6 +7,7 @@ mod config;
 mod crash;
 mod csv;
 mod deploy;
+mod disks;
 mod identity;
 mod modes;
 mod monitoring;

@@ -258,7 +258,8 @@ pub(crate) fn copy(from: &Path, to: &Path) {
         let to = to.join(entry.file_name());
         if entry.path().is_dir() {
             copy(&entry.path(), &to);
-        } else {
+        } else if entry.path().is_file() {
+            // A socket that a killed process left is none.
             std::fs::copy(entry.path(), &to).unwrap();
         }
     }
