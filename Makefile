@@ -8,7 +8,7 @@ export RAYON_NUM_THREADS = 1
 export CANDLE_NUM_THREADS = 1
 
 .NOTPARALLEL:
-.PHONY: help build test demo soak fmt fmt-check lint doc fences binaries clean
+.PHONY: help build test demo soak bench-durability fmt fmt-check lint doc fences binaries clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -26,6 +26,10 @@ demo: ## train on three airports' flights and compare with pooled and local trai
 
 soak: binaries ## kill the coordinator and the workers of a real fleet 200 times
 	@$(TARGET)/debug/soak
+
+bench-durability: ## what durability costs: a table, and bench-durability.json
+	$(CARGO) build --release --locked -p tributary-coordinator -p tributary-worker -p tributary-bench --bins
+	@$(TARGET)/release/bench-durability --out bench-durability.json
 
 fmt: ## format the code
 	$(CARGO) fmt --all
