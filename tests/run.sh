@@ -12,7 +12,7 @@ trap 'rm -f "$TRIBUTARY_NOT_TESTED"' EXIT
 
 found=$(tests/setup.sh)
 eval "$found"
-for name in TRIBUTARY_PROMETHEUS TRIBUTARY_PROMTOOL; do
+for name in TRIBUTARY_PROMETHEUS TRIBUTARY_PROMTOOL TRIBUTARY_FAKETIME; do
     eval "value=\${$name-}"
     if [ -n "$value" ]; then
         export "${name?}"

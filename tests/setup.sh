@@ -1,5 +1,6 @@
 #!/bin/sh
-# Gets what the tests need and cargo does not bring: Debian's Prometheus, unpacked into a cache, without being root.
+# Gets what the tests need and cargo does not bring: Debian's Prometheus and libfaketime, unpacked into a cache, without being
+# root.
 #
 # Prints shell assignments for what is there and, on stderr, why something is not.
 # What is on the PATH is used as it is. TRIBUTARY_PROMETHEUS and TRIBUTARY_PROMTOOL, if set, win over both.
@@ -40,3 +41,11 @@ provide() {
 
 provide TRIBUTARY_PROMETHEUS prometheus prometheus
 provide TRIBUTARY_PROMTOOL promtool prometheus
+
+# libfaketime, which gives one process another clock: the file itself, to be preloaded.
+if [ -z "${TRIBUTARY_FAKETIME-}" ]; then
+    library() { find "$@" -name libfaketime.so.1 2>/dev/null | head -n 1; }
+    TRIBUTARY_FAKETIME=$(library /usr/lib/*/faketime /usr/lib/faketime "$cache/libfaketime")
+    [ -n "$TRIBUTARY_FAKETIME" ] || ! unpack libfaketime || TRIBUTARY_FAKETIME=$(library "$cache/libfaketime")
+fi
+[ -z "$TRIBUTARY_FAKETIME" ] || echo "TRIBUTARY_FAKETIME='$TRIBUTARY_FAKETIME'"

@@ -12,6 +12,7 @@ mod identity;
 mod modes;
 mod monitoring;
 mod network;
+mod restored;
 mod runs;
 mod soak;
 mod state;
