@@ -313,8 +313,12 @@ impl RunStore {
         if is_large || is_part_full {
             self.sync_payloads()?;
         }
+        // What is made of rows is made of those that are there then: a model that no record names is nobody's.
+        let is_of_rows = matches!(event, Event::Committed { entries, .. } if entries.is_empty());
         if is_large {
-            self.refuse_second(round, hash)?;
+            if !is_of_rows {
+                self.refuse_second(round, hash)?;
+            }
             self.flush()?;
             crash::point("journal-sync.before");
             self.journal.sync(self.disk.as_mut())?;
@@ -400,7 +404,10 @@ impl RunStore {
             Some(PayloadName { task, is_part: true, .. }) => !self.index.open.contains(&task),
             Some(PayloadName { task, .. }) => !self.index.held.contains(&task) && !self.kept.contains_key(&task),
             None if ours && name.ends_with(ASIDE) => true,
-            None => parse_model_file(name).is_some_and(|(round, _)| round < oldest),
+            None => parse_model_file(name).is_some_and(|(round, hash)| {
+                let other = self.index.models.get(&round).is_some_and(|model| model.hash != hash);
+                round < oldest || other
+            }),
         }
     }
 
@@ -1405,6 +1412,27 @@ mod tests {
         let (mut disk, _) = run_of(1, 100);
         disk.flip(&schema_file(Hash::of(SCHEMA)), 3, 1);
         assert!(matches!(open(&disk), Err(StoreError::Damaged { file, .. }) if file.starts_with("schema-")));
+    }
+
+    #[test]
+    fn a_model_of_rows_that_was_never_committed_gives_way_to_the_one_that_is() {
+        let disk = TestDisk::default();
+        let mut script = Script::new(&disk).unwrap();
+        script.begin(1000).unwrap();
+        let of_rows = |state: &ModelState| match committed(1, task(1), b"", state) {
+            Event::Committed { figures, .. } => Event::Committed { entries: Vec::new(), figures },
+            other => other,
+        };
+        let (lost, kept) = (model(1, 1000), model(2, 1000));
+        script.append(of_rows(&lost), Attachment::Model(&lost)).unwrap();
+        // The record was never written; the model is durable.
+        disk.crash(0);
+        let mut store = open(&disk).unwrap().store;
+        store.append(&of_rows(&kept), Attachment::Model(&kept)).unwrap();
+        store.sync().unwrap();
+        drop(store);
+        assert_eq!(open(&disk).unwrap().state, Some(kept));
+        assert_eq!(names(&disk, "model-0000000001").len(), 1);
     }
 
     #[test]
