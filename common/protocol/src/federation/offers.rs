@@ -242,6 +242,8 @@ impl Federation {
         }
         let worker = t.worker;
         (self.volatile.merging, self.volatile.fleet_changed) = (false, true);
+        // Who is asked again has its time, also if the others' is over; and if it does not come, that is said.
+        self.volatile.overdue = false;
         self.emit(Event::Lost { task });
         let conn = self.volatile.by_worker.get(&worker).copied();
         if let Some(conn) = conn.filter(|conn| self.volatile.sessions.get(conn).is_some_and(|session| session.ready)) {

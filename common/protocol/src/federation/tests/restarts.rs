@@ -55,6 +55,25 @@ fn of_what_was_held_only_what_is_damaged_is_asked_for_again() {
 }
 
 #[test]
+fn who_is_asked_again_after_the_deadline_is_waited_for_and_named() {
+    let mut fleet = Fleet::new(with(plan(3, 1), |p| (p.rounds.quorum, p.rounds.deadline) = (0.6, Some(secs(2)))), 3);
+    fleet.workers[2].train_time = secs(100);
+    fleet.run_until(|fleet| fleet.facts(|event| matches!(event, Event::Held { .. })) == 2);
+    assert_eq!(fleet.stage(), Stage::Surveying);
+    let damaged = fleet.open_task_of(0);
+    fleet.kill(0);
+    fleet.kill_coordinator();
+    fleet.damage_payload(damaged);
+    fleet.start_coordinator();
+    fleet.run_for(secs(30));
+    let paused = Notice::Paused(Pause::Waiting(vec![fleet.workers[0].name.clone()]));
+    assert!(fleet.noticed(|notice| *notice == paused), "{:?}", fleet.status());
+    fleet.revive(0);
+    fleet.workers[2].train_time = secs(1);
+    fleet.run_to_end();
+}
+
+#[test]
 fn a_closed_round_is_finished_after_a_restart_also_if_a_payload_must_come_again() {
     for damaged in [false, true] {
         let mut fleet = Fleet::new(exact(3, 2), 3);
