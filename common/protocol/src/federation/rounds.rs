@@ -391,7 +391,7 @@ impl Federation {
                 self.volatile.folded.clear();
                 self.receipt_again(round);
                 if let Phase::Finished(evaluation) = self.durable.phase {
-                    self.act_on_commit(Act::Finish { evaluation });
+                    self.tell_of_the_end(evaluation);
                 }
                 self.fold_all();
                 self.give_all_again();
@@ -455,6 +455,10 @@ impl Federation {
 
     fn finish(&mut self, evaluation: EvaluationSummary) {
         self.emit(Event::Finished { evaluation });
+        self.tell_of_the_end(evaluation);
+    }
+
+    fn tell_of_the_end(&mut self, evaluation: EvaluationSummary) {
         self.act_on_commit(Act::Finish { evaluation });
         let conns: Vec<ConnId> = self.ready_workers().map(|(conn, _)| conn).collect();
         for conn in conns {

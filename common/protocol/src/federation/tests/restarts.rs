@@ -177,6 +177,18 @@ fn who_came_back_while_models_were_made_again_is_then_given_its_open_task() {
 }
 
 #[test]
+fn who_comes_while_the_last_model_of_a_run_that_is_over_is_made_again_is_let_go_then() {
+    let mut fleet = Fleet::new(exact(3, 2), 3);
+    fleet.run_to_end();
+    fleet.kill_coordinator();
+    (fleet.damaged, fleet.step_time) = (1, secs(1));
+    fleet.start_coordinator();
+    let late = fleet.add_worker();
+    fleet.run_for(secs(5));
+    assert_eq!(fleet.workers[late].ending, Some(Ending::Finished { model_hash: fleet.model() }));
+}
+
+#[test]
 fn a_model_that_was_restored_ends_the_making_of_it() {
     let mut fleet = Fleet::new(exact(3, 4), 3);
     fleet.run_until(|fleet| fleet.rounds() == 2 && fleet.stage() == Stage::Training);
