@@ -74,8 +74,12 @@ fn show(seed: u64, planted: Option<Planted>) -> ExitCode {
 /// Many seeds; the first that fails is shrunk.
 fn many(seeds: Vec<u64>, planted: Option<Planted>) -> ExitCode {
     let all = seeds.len() as u64;
-    let mut told = 0;
+    let (mut told, mut failed) = (0, 0);
     let summary = run_all(seeds, planted, |summary| {
+        for (seed, failure) in &summary.failed[failed..] {
+            println!("seed {seed} fails: {failure}");
+        }
+        failed = summary.failed.len();
         if summary.seeds >= told + 100 {
             told = summary.seeds;
             println!("{told} of {all} seeds, {} failed", summary.failed.len());
@@ -84,9 +88,6 @@ fn many(seeds: Vec<u64>, planted: Option<Planted>) -> ExitCode {
     });
     for line in summary.lines() {
         println!("{line}");
-    }
-    for (seed, failure) in &summary.failed {
-        println!("seed {seed} fails: {failure}");
     }
     let Some((seed, _)) = summary.failed.first() else { return ExitCode::SUCCESS };
     tell_shrunk(*seed, planted);

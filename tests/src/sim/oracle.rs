@@ -155,6 +155,11 @@ impl Oracle {
             Event::Committed { entries, figures } => self.check_commit(figures.round, figures.model, entries)?,
             _ => {}
         }
+        if let (Event::Reverted { round }, Mode::Central) = (event, self.plan.learning.train.mode) {
+            // Rows are shared anew, by whoever is there then: what is made of them is another model.
+            self.announced.retain(|of, _| of <= round);
+            self.durable.retain(|of, _| of <= round);
+        }
         self.shadow.apply(event);
         self.index.add(self.facts.len(), event);
         self.facts.push(event.clone());

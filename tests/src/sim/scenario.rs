@@ -315,7 +315,9 @@ fn draw_plan(draw: &mut Drawn, size: &Size, is_exact: bool, bears_a_loss: bool) 
         rounds.fraction = draw.pick(&[1.0, 0.7, 0.4]);
         rounds.deadline = draw.pick(&[None, Some(2), Some(20)]).map(Duration::from_secs);
         rounds.over_select = draw.pick(&[0.0, 0.0, 0.3]);
-        rounds.min_workers = if draw.one_in(4) { None } else { Some(all - u32::from(bears_a_loss)) };
+        // Of a round of one, none can be lost.
+        let any = draw.one_in(4) && !bears_a_loss;
+        rounds.min_workers = if any { None } else { Some(all - u32::from(bears_a_loss)) };
     }
     Plan::new(learning, rounds).expect("what is drawn is in range")
 }

@@ -235,6 +235,10 @@ impl World {
                 self.note(|_| "--- nothing fails any more ---".to_owned());
             }
             if self.now > until {
+                if self.waits_for_ever() {
+                    self.count("waits for who left");
+                    return self.verdict();
+                }
                 let status = self.coordinator.as_ref().map(|coordinator| coordinator.core.machine().status());
                 self.fail(format!("no progress in {PROGRESS_MAX:?} after the last fault: {status:?}"));
                 break;
@@ -245,6 +249,12 @@ impl World {
             self.finish();
         }
         self.verdict()
+    }
+
+    /// What somebody who has left for good had handed in was damaged: the run waits for it, and says so.
+    fn waits_for_ever(&self) -> bool {
+        let says_so = self.coordinator.as_ref().is_some_and(|c| c.core.machine().status().paused.is_some());
+        says_so && self.weather.was_damaged && self.workers.iter().any(|worker| worker.leaves)
     }
 
     fn verdict(self) -> Verdict {
