@@ -216,8 +216,11 @@ impl Peer {
             tokio::select! {
                 message = self.messages.recv() => match message {
                     None => return tell(What::Gone),
-                    Some(answer) if past.is_some() && answered(&answer) == past && probed.is_some() => {
-                        tell(What::Probed(probed.take().map_or(Duration::ZERO, |at| at.elapsed())));
+                    // The first of them says that the survey is held, which no probe asked for.
+                    Some(answer) if past.is_some() && answered(&answer) == past => {
+                        if let Some(asked) = probed.take() {
+                            tell(What::Probed(asked.elapsed()));
+                        }
                     }
                     Some(ToWorker::Assigned(assigned)) if assigned.kind == TaskKind::Update => {
                         tell(What::Assigned(assigned.round));
