@@ -11,7 +11,7 @@
 //! DIR/starts            how often it was started: the high half of every task id
 //! DIR/join              the invitation for this machine
 //! DIR/control.sock      for `coordinator invite`, `workers`, `revoke`, `status`, `abort`
-//! DIR/runs/<id>/        plan and checkpoints of each run
+//! DIR/runs/<id>/        plan, journal, models and payloads of each run
 //! DIR/model/            the newest finished model
 //! ```
 //!

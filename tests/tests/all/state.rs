@@ -1,4 +1,4 @@
-//! What survives: killed and stopped processes, restarts with the same and with other settings, damaged checkpoints.
+//! What survives: killed and stopped processes, restarts with the same and with other settings, damaged models.
 
 use std::path::Path;
 use std::sync::OnceLock;
