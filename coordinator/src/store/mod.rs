@@ -222,20 +222,20 @@ pub enum RunError {
         difference: String,
     },
     /// The journal of the unfinished run, or what it cannot do without, is damaged.
-    #[error("{}: {source}; or begin anew with --new-run", path.display())]
+    #[error("{}: {what}; or begin anew with --new-run", path.display())]
     LostJournal {
         /// The run's directory.
         path: PathBuf,
         /// What is damaged.
-        source: StoreError,
+        what: StoreError,
     },
     /// A run's directory cannot be used.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {what}", path.display())]
     Store {
         /// The run's directory.
         path: PathBuf,
         /// Why.
-        source: StoreError,
+        what: StoreError,
     },
     /// The operating system gave no entropy for the run's id.
     #[error("cannot draw a run id: {0}")]
@@ -339,11 +339,11 @@ fn load(run: RunId, path: &Path, disks: &Disks) -> Result<Option<Loaded>, RunErr
 /// What is damaged can be given up; what is full or not writable cannot be worked around by a new run.
 fn unusable(path: &Path) -> impl FnOnce(StoreError) -> RunError {
     let path = path.to_owned();
-    move |source| match source {
+    move |what| match what {
         StoreError::Io { .. } | StoreError::NotWritable { .. } | StoreError::Full { .. } | StoreError::Newer { .. } => {
-            RunError::Store { path, source }
+            RunError::Store { path, what }
         }
-        source => RunError::LostJournal { path, source },
+        what => RunError::LostJournal { path, what },
     }
 }
 
