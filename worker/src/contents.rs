@@ -45,6 +45,8 @@ pub(crate) struct Contents<S> {
     /// Named by the session and not needed, the oldest first: their streams are dropped, which stops them. One that nobody
     /// read would hold its share of the connection's window for ever.
     unneeded: VecDeque<ContentId>,
+    /// Not needed and not here, the oldest first: this connection streams none of them again.
+    gone: VecDeque<ContentId>,
 }
 
 impl<S> Contents<S> {
@@ -55,7 +57,13 @@ impl<S> Contents<S> {
             expected: BTreeMap::new(),
             arrived: BTreeMap::new(),
             unneeded: VecDeque::new(),
+            gone: VecDeque::new(),
         }
+    }
+
+    /// Whether `assigned` needs what this connection has streamed and nobody read: only another one brings it.
+    pub(crate) fn is_gone(&self, assigned: &Assigned) -> bool {
+        named(assigned).iter().any(|(content, kind)| self.gone.contains(&content.id) && !self.has(&content.hash, *kind))
     }
 
     /// Expects what `assigned` names and is not here; gives out the streams of it that came before.
@@ -87,12 +95,15 @@ impl<S> Contents<S> {
     }
 
     fn drop_unexpected(&mut self, assigned: &Assigned) {
-        for (content, _) in named(assigned) {
-            if !self.expected.contains_key(&content.id) && self.arrived.remove(&content.id).is_none() {
-                if self.unneeded.len() == UNNEEDED_MAX {
-                    self.unneeded.pop_front();
-                }
-                self.unneeded.push_back(content.id);
+        for (content, kind) in named(assigned) {
+            if self.expected.contains_key(&content.id) {
+                continue;
+            }
+            if self.arrived.remove(&content.id).is_none() {
+                remember(&mut self.unneeded, content.id);
+            }
+            if !self.has(&content.hash, kind) {
+                remember(&mut self.gone, content.id);
             }
         }
     }
@@ -145,6 +156,7 @@ impl<S> Contents<S> {
         self.expected.clear();
         self.arrived.clear();
         self.unneeded.clear();
+        self.gone.clear();
     }
 
     fn has(&self, hash: &Hash, kind: ContentKind) -> bool {
@@ -154,6 +166,13 @@ impl<S> Contents<S> {
         };
         slot.as_ref().is_some_and(|(kept, _)| kept == hash)
     }
+}
+
+fn remember(ids: &mut VecDeque<ContentId>, id: ContentId) {
+    if ids.len() == UNNEEDED_MAX {
+        ids.pop_front();
+    }
+    ids.push_back(id);
 }
 
 fn named(assigned: &Assigned) -> Vec<(ContentRef, ContentKind)> {
@@ -248,6 +267,23 @@ mod tests {
             let due = contents.arrived(ContentId([3; 16]), "the next model").unwrap();
             fetch(&mut contents, &due);
             assert!(contents.needs(&update(1, 3)).is_some());
+        }
+    }
+
+    #[test]
+    fn what_was_dropped_unread_and_is_needed_after_all_comes_with_another_connection_only() {
+        for comes_first in [true, false] {
+            let mut contents = Contents::new();
+            if comes_first {
+                contents.arrived(ContentId([2; 16]), "model");
+            }
+            contents.settle(&update(1, 2));
+            if !comes_first {
+                assert!(contents.arrived(ContentId([2; 16]), "model").is_none());
+            }
+            assert!(contents.is_gone(&update(1, 2)) && !contents.is_gone(&update(1, 3)));
+            contents.disconnected();
+            assert!(!contents.is_gone(&update(1, 2)));
         }
     }
 

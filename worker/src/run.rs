@@ -378,10 +378,15 @@ impl Shell {
     }
 
     fn begin(&mut self, assigned: Box<Assigned>) {
+        let is_gone = self.contents.is_gone(&assigned);
         for due in self.contents.expect(&assigned) {
             self.download(due);
         }
         self.work = Work::Waiting(assigned);
+        if let Some(link) = self.link.as_ref().filter(|_| is_gone) {
+            // A connection streams nothing twice; on the next one the task is given again.
+            return link.connection.close(CloseCode::Done, "a content that was not needed is");
+        }
         self.begin_if_whole();
     }
 
