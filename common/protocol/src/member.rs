@@ -335,7 +335,7 @@ struct Work {
     key: WorkKey,
 }
 
-/// A session that lasted so long did not fail: the next attempt is the first again.
+/// A session that lasted so long, or in which an offer was answered, did not fail: the next attempt is the first again.
 const STEADY_AFTER: Duration = Duration::from_secs(1);
 
 impl Member {
@@ -439,7 +439,8 @@ impl Member {
 
     fn lost(&mut self) {
         self.notice(Notice::Lost);
-        let steady = matches!(self.link, Link::Up { since, .. } if self.now.since(since) >= STEADY_AFTER);
+        let steady =
+            matches!(self.link, Link::Up { since, answered, .. } if answered || self.now.since(since) >= STEADY_AFTER);
         let attempt = match self.link {
             Link::Leaving => 0,
             _ if steady => 0,
@@ -890,6 +891,38 @@ mod tests {
         assert_eq!(acts(&mut member), []);
         member.handle(Time(5), Input::Considered(Ok(())));
         assert_eq!(acts(&mut member), [Act::Send(FromWorker::Ready)]);
+    }
+
+    #[test]
+    fn a_coordinator_that_is_killed_again_and_again_while_it_makes_progress_is_asked_again_at_once() {
+        let mut member = Member::new(Instance(1));
+        let mut now = Time(0);
+        for round in 1..=12 {
+            member.handle(now, Input::Tick);
+            connect(&mut member, now, 1);
+            member.handle(now, Input::Considered(Ok(())));
+            let task = TaskId::new(round, 0);
+            let assigned = Assigned {
+                task,
+                round,
+                kind: TaskKind::Update,
+                schema: None,
+                model: None,
+                layout: Hash([0; 32]),
+                weight_shift: 0,
+            };
+            member.handle(now, Input::Said(ToWorker::Assigned(Box::new(assigned))));
+            let hash = Hash::of(&round.to_le_bytes());
+            let metrics = Metrics::default();
+            let made = Made { hash, bytes: 4, layout: Hash([0; 32]), examples: 1, steps: 1, weight: 1, metrics };
+            member.handle(now, Input::Made { task, made: Box::new(made) });
+            member.handle(now, Input::Said(ToWorker::Held { task, hash }));
+            member.handle(now, Input::Lost);
+            let _ = acts(&mut member);
+            let Output::Wait(Some(at)) = member.poll() else { unreachable!("it waits for its next attempt") };
+            assert!(at.since(now) <= RECONNECT_AFTER_MIN);
+            now = at;
+        }
     }
 
     #[test]
