@@ -15,6 +15,7 @@ const RUNTIME_THREADS: usize = 2;
 /// Parses what was typed, runs it, and says how it ended.
 pub(crate) fn main() -> ExitCode {
     single_threaded_products();
+    few_arenas();
     let cli = Cli::parse();
     let state = match cli.state() {
         Ok(state) => state,
@@ -57,6 +58,20 @@ fn single_threaded_products() {
             // SAFETY: this is the first thing that main does, so no other thread reads the environment.
             unsafe { std::env::set_var(name, "1") };
         }
+    }
+}
+
+/// How many arenas glibc may have: one for the event loop and one for everybody else.
+const ARENAS_MAX: i32 = 2;
+
+/// glibc gives threads arenas of their own, each of which keeps what it once needed, so that memory grows with the threads that
+/// ever checked a payload.
+#[allow(unsafe_code)]
+fn few_arenas() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: no other thread exists yet, so nothing is allocated meanwhile; a value that is refused changes nothing.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, ARENAS_MAX);
     }
 }
 
