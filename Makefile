@@ -8,7 +8,7 @@ export RAYON_NUM_THREADS = 1
 export CANDLE_NUM_THREADS = 1
 
 .NOTPARALLEL:
-.PHONY: help build test demo soak bench-durability fmt fmt-check lint doc fences binaries clean
+.PHONY: help build test demo soak bench rivals bench-rivals bench-durability fmt fmt-check lint doc fences binaries clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -26,6 +26,20 @@ demo: ## train on three airports' flights and compare with pooled and local trai
 
 soak: binaries ## kill the coordinator and the workers of a real fleet 200 times
 	@$(TARGET)/debug/soak
+
+# LINE=fold,csv measures these alone; MNIST and FLIGHTS name directories with their data; DISK names one on the disk that is measured.
+RIVALS ?= $(TARGET)/rivals
+BENCH = $(TARGET)/release/bench --out bench/results.json --rivals "$(RIVALS)" $(if $(LINE),--only "$(LINE)") \
+	$(if $(MNIST),--mnist "$(MNIST)") $(if $(FLIGHTS),--flights "$(FLIGHTS)") $(if $(DISK),--disk "$(DISK)")
+
+bench: ## every figure beside a rival's or a limit's: a table, and bench/results.json
+	$(CARGO) build --release --locked -p tributary-coordinator -p tributary-worker -p tributary-bench --bins
+	@$(BENCH)
+
+rivals: ## the rivals' packages, some 6 GB, in an environment of their own
+	@bench/rivals/setup.sh "$(RIVALS)"
+
+bench-rivals: rivals bench ## the same with the Python rivals
 
 bench-durability: ## what durability costs: a table, and bench-durability.json
 	$(CARGO) build --release --locked -p tributary-coordinator -p tributary-worker -p tributary-bench --bins

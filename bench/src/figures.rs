@@ -124,7 +124,7 @@ impl Table {
 }
 
 /// Three digits are enough for anybody who reads a table.
-fn number(x: f64) -> String {
+pub(crate) fn number(x: f64) -> String {
     let digits = match x.abs() {
         x if x >= 100.0 => 0,
         x if x >= 10.0 => 1,

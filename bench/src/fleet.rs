@@ -1,4 +1,5 @@
 //! A fleet of [`Peer`]s around one coordinator, and somebody who says when they may offer.
+#![allow(clippy::unwrap_used)] // a benchmark that cannot go on panics, and its line is then said not to be measured
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,4 +1,5 @@
 //! Coordinators to measure: in this process, on any disk, or the released binary.
+#![allow(clippy::unwrap_used)] // a benchmark that cannot go on panics, and its line is then said not to be measured
 
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};

@@ -3,6 +3,7 @@
 //!
 //! What a real worker costs is not what is measured here; what the coordinator does is. A model that is streamed is
 //! read to its end and not opened. A [`Peer`] is one session; [`Peer::serve`] is a worker's life in it.
+#![allow(clippy::unwrap_used)] // a benchmark that cannot go on panics, and its line is then said not to be measured
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use coordinator::store::Disks;
 use tributary_tests::process::get;
 
-use crate::Bench;
+use super::Bench;
 use crate::figures::Samples;
 use crate::fleet::{Crew, Fleet};
 use crate::home::{Coordinator, config, slow};

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::Bench;
+use super::Bench;
 use crate::figures::Samples;
 use crate::home::{Place, config, when};
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tributary_tests::Running;
 
-use crate::Bench;
+use super::Bench;
 use crate::figures::Samples;
 use crate::fleet::{Crew, Fleet};
 use crate::home::{Place, Shared, bytes_below, config};

@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 use transport::CloseCode;
 use tributary_tests::{Papers, Stranger};
 
-use crate::Bench;
+use super::Bench;
 use crate::fleet::enrol;
 use crate::home::{PATIENCE, Place, config};
 use crate::peer::{Peer, Script};

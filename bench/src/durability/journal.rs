@@ -14,7 +14,7 @@ use tributary_tests::data;
 use worker::Options;
 use worker::state::StatePlace;
 
-use crate::Bench;
+use super::Bench;
 use crate::figures::Samples;
 use crate::fleet::{Crew, Fleet};
 use crate::home::{Coordinator, Place, bytes_below, config, nowhere};

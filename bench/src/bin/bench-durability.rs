@@ -1,0 +1,5 @@
+//! What durability costs: see `durability`.
+
+fn main() {
+    tributary_bench::durability::main();
+}
