@@ -29,6 +29,7 @@ soak: binaries ## kill the coordinator and the workers of a real fleet 200 times
 
 # LINE=fold,csv measures these alone; MNIST and FLIGHTS name directories with their data; DISK names one on the disk that is measured.
 RIVALS ?= $(TARGET)/rivals
+FLIGHTS ?= $(patsubst %/flights.csv.gz,%,$(wildcard $(RIVALS)/data/flights.csv.gz))
 BENCH = $(TARGET)/release/bench --out bench/results.json --rivals "$(RIVALS)" $(if $(LINE),--only "$(LINE)") \
 	$(if $(MNIST),--mnist "$(MNIST)") $(if $(FLIGHTS),--flights "$(FLIGHTS)") $(if $(DISK),--disk "$(DISK)")
 
