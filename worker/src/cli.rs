@@ -34,7 +34,7 @@ pub struct Cli {
 
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// The data: a CSV file with a header line
+    /// The data: a CSV file with a header line, or images in idx format with their labels beside them
     #[arg(long, value_name = "FILE", required = true, env = "TRIBUTARY_DATA")]
     data: Option<PathBuf>,
     /// The invitation, needed once: its text, @FILE, or - for standard input

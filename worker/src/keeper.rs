@@ -46,7 +46,7 @@ const FIGURES_BYTES_MAX: u64 = CONTROL_MESSAGE_BYTES_MAX as u64;
 pub(crate) struct Origin(Hash);
 
 impl Origin {
-    pub(crate) fn new(coordinator: &[u8; 32], name: &WorkerName, label: Option<&str>, data: Option<DataMark>) -> Self {
+    pub(crate) fn new(coordinator: &[u8; 32], name: &WorkerName, label: Option<&str>, data: &[DataMark]) -> Self {
         Self(Hash::of(&encode(&(coordinator, name, label, data))))
     }
 }
@@ -472,14 +472,15 @@ mod tests {
         let data = home.directory.path().join("shard.csv");
         fs::write(&data, "a,b\n1,2\n").unwrap();
         let (name, mark) = ("shard".parse().unwrap(), DataMark::of(&data).ok());
+        let mark = mark.as_slice();
         let origin = Origin::new(&[1; 32], &name, None, mark);
-        assert_eq!(origin, Origin::new(&[1; 32], &name, None, DataMark::of(&data).ok()));
+        assert_eq!(origin, Origin::new(&[1; 32], &name, None, DataMark::of(&data).ok().as_slice()));
         fs::write(&data, "a,b\n1,2\n3,4\n").unwrap();
         let others = [
             Origin::new(&[2; 32], &name, None, mark),
             Origin::new(&[1; 32], &"other".parse().unwrap(), None, mark),
             Origin::new(&[1; 32], &name, Some("late"), mark),
-            Origin::new(&[1; 32], &name, None, DataMark::of(&data).ok()),
+            Origin::new(&[1; 32], &name, None, DataMark::of(&data).ok().as_slice()),
         ];
         for other in others {
             drop(Keeper::start(home.place(), origin, None, Report::silent()).map(|k| k.keep(kept(1), payload(1))));

@@ -15,7 +15,7 @@ use crate::state::StatePlace;
 /// What a worker is told to do.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The data file.
+    /// The data file, or a directory that holds images and labels.
     pub data: PathBuf,
     /// Where the state directory is to be.
     pub state: StatePlace,

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use learning::Table;
+use learning::{Table, data_files};
 use protocol::evaluation::summarise;
 use protocol::ids::{ContentId, Hash, Instance, TaskId, Time, WorkerId};
 use protocol::limits::{BEAT_EVERY, PAYLOAD_AT_ONCE_BYTES_MAX};
@@ -76,7 +76,7 @@ pub enum Outcome {
 /// What is wrong.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<Outcome, WorkerError> {
     let mut shutdown = pin!(shutdown);
-    let (table, mark) = tokio::select! {
+    let (table, marks) = tokio::select! {
         table = read_table(&options) => table?,
         () = &mut shutdown => return stopped(&options.report),
     };
@@ -96,7 +96,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         enrolment = enroller.settle(options.join.as_ref()) => enrolment?,
         () = &mut shutdown => return stopped(&options.report),
     };
-    let origin = Origin::new(&enrolment.coordinator, &enrolment.name, options.label.as_deref(), mark);
+    let origin = Origin::new(&enrolment.coordinator, &enrolment.name, options.label.as_deref(), &marks);
     let kept = restore(state.kept(), origin, options.report.clone()).await?;
     let shell = Shell::new(options, &state, table, Arc::clone(&enroller), enrolment, kept)?;
     let outcome = shell.run(shutdown).await;
@@ -112,11 +112,11 @@ fn stopped(report: &Report) -> Result<Outcome, WorkerError> {
 }
 
 /// A file that cannot be used is an error before anybody is asked anything, and leaves no state directory behind.
-async fn read_table(options: &Options) -> Result<(Table, Option<DataMark>), WorkerError> {
+async fn read_table(options: &Options) -> Result<(Table, Vec<DataMark>), WorkerError> {
     let path = options.data.clone();
     let read = tokio::task::spawn_blocking(move || {
-        let mark = DataMark::of(&path).ok();
-        Ok((Table::read(&path)?, mark))
+        let marks = data_files(&path).iter().filter_map(|file| DataMark::of(file).ok()).collect();
+        Ok((Table::read(&path)?, marks))
     });
     read.await.map_err(|error| WorkerError::Runtime(error.into()))?
 }

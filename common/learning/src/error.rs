@@ -3,6 +3,8 @@
 
 use std::io;
 
+use crate::idx::IdxFault;
+
 /// Why a data file cannot be used.
 ///
 /// `path` is the file as the user named it; lines count from 1 and include the header's.
@@ -17,7 +19,7 @@ pub enum DataError {
     #[error("{path}: cannot be read")]
     Read { path: String, source: io::Error },
     /// It is a directory, a socket or the like.
-    #[error("{path}: not a file; name one CSV file")]
+    #[error("{path}: not a file; name one CSV file, or images in idx format")]
     NotAFile { path: String },
     /// Nothing is in it.
     #[error("{path}: is empty, expected a header line and at least one row")]
@@ -61,6 +63,9 @@ pub enum DataError {
     /// More rows than row numbers.
     #[error("{path}: more than {max} rows; split the file")]
     TooManyRows { path: String, max: u64 },
+    /// Images or labels in idx format that cannot be used.
+    #[error("{path}: {fault}")]
+    Idx { path: String, fault: IdxFault },
     /// Somebody wrote to it while it was read.
     #[error("{path}: changed while it was read; try again when nothing writes to it")]
     Changed { path: String },

@@ -188,7 +188,7 @@ fn open(path: &Path, shown: &str) -> Result<(File, Metadata, bool), DataError> {
     Ok((file, opened, last == *b"\n"))
 }
 
-fn read_error(path: &str, source: io::Error) -> DataError {
+pub(crate) fn read_error(path: &str, source: io::Error) -> DataError {
     let path = path.to_owned();
     match source.kind() {
         io::ErrorKind::NotFound => DataError::Missing { path },

@@ -29,6 +29,9 @@ pub const CLASSES_MAX: usize = 1000;
 /// The longest category or class, in bytes; a longer category is not named.
 pub(crate) const CATEGORY_LEN_MAX: usize = 256;
 
+/// The brightest pixel.
+const PIXEL_MAX: f64 = 255.0;
+
 /// Text with fewer values than this is never called mostly unique.
 const MOSTLY_UNIQUE_FROM: usize = 20;
 
@@ -233,6 +236,13 @@ impl Moments {
         if deviation > self.mean.abs() * 1e-12 { deviation } else { 1.0 }
     }
 
+    /// Those that make a pixel's value `x / 255`, whatever the images are. A deviation for each pixel would make much of
+    /// the few that hardly any image sets, and says more of the images than a fleet needs to know.
+    #[allow(clippy::cast_precision_loss)] // counts of rows stay below 2^53
+    fn of_pixels(count: u64) -> Self {
+        Self { count, mean: 0.0, m2: PIXEL_MAX * PIXEL_MAX * count as f64 }
+    }
+
     fn is_finite(&self) -> bool {
         self.mean.is_finite() && self.m2.is_finite()
     }
@@ -268,6 +278,13 @@ impl Dataset {
 
     fn survey_column(&self, column: &Column, min_count: u64) -> Result<(ColumnSurvey, Option<Note>), DataError> {
         let name = column.name.clone();
+        if column.is_pixels() && !self.spec.categorical.contains(&name) {
+            let moments = Moments::of_pixels(self.training.len() as u64);
+            return Ok((
+                ColumnSurvey { name, missing: 0, content: Content::Numeric { moments, named: Vec::new() } },
+                None,
+            ));
+        }
         let seen = count_categories(column, &self.training);
         let rows = seen.values().sum();
         let missing = self.training.len() as u64 - rows;

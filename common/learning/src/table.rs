@@ -1,4 +1,4 @@
-//! A CSV file in memory, column by column: numbers as `f64`, words as numbers into a dictionary.
+//! A data file in memory, column by column: numbers as `f64`, words as numbers into a dictionary, pixels as bytes.
 //!
 //! A column is numeric as long as every cell that is not missing reads as a finite number; the first word turns it into
 //! words, and the numbers in it into their one way to be written. What a column is *used* as is not decided here: the
@@ -10,6 +10,7 @@ use std::path::Path;
 
 use crate::cell::{Cell, overflows, written};
 use crate::error::{DataError, listed};
+use crate::idx::{self, Images, Pixels};
 use crate::records::Records;
 
 /// The most rows of a table: rows and dictionary entries are numbered with 32 bits.
@@ -50,6 +51,8 @@ enum Cells {
     Numbers(Vec<f64>),
     /// Missing is 0; else one more than the place in the dictionary.
     Words { codes: Vec<u32>, dictionary: Dictionary },
+    /// The byte at one place of every image.
+    Pixels { pixels: Pixels, at: usize },
 }
 
 #[derive(Debug, Default)]
@@ -59,11 +62,19 @@ struct Dictionary {
 }
 
 impl Table {
-    /// Reads the file at `path`.
+    /// Reads the file at `path`, or the images that it holds if it is a directory.
     ///
     /// # Errors
-    /// If it is not a CSV file with a header of at least two columns and at least one row, all of one width.
+    /// If it is neither a CSV file with a header of at least two columns and at least one row, all of one width, nor
+    /// images in idx format with their labels beside them.
     pub fn read(path: &Path) -> Result<Self, DataError> {
+        match idx::images_of(path) {
+            Some(images) => Ok(Self::of_images(&images, &Images::read(&images)?)),
+            None => Self::read_csv(path),
+        }
+    }
+
+    fn read_csv(path: &Path) -> Result<Self, DataError> {
         let mut records = Records::open(path)?;
         let mut columns: Vec<Column> = records.header().iter().cloned().map(Column::new).collect();
         if let [Column { name, .. }] = columns.as_slice() {
@@ -86,6 +97,18 @@ impl Table {
         }
         columns.iter_mut().for_each(Column::seal);
         Ok(Self { path, columns, lines })
+    }
+
+    /// Every pixel is a column, and the label is the last.
+    fn of_images(path: &Path, images: &Images) -> Self {
+        let places = (0..images.pixels.width).map(|at| (&images.pixels, at)).chain([(&images.labels, 0)]);
+        let column = |(name, (pixels, at)): (String, (&Pixels, usize))| Column {
+            cells: Cells::Pixels { pixels: pixels.clone(), at },
+            numbers: images.count as u64,
+            ..Column::new(name)
+        };
+        let columns = images.names().zip(places).map(column).collect();
+        Self { path: path.display().to_string(), columns, lines: (1..=images.count as u64).collect() }
     }
 
     /// The file as the user named it.
@@ -142,6 +165,7 @@ impl Column {
         match &self.cells {
             Cells::Numbers(numbers) if numbers[row].is_nan() => Cell::Missing,
             Cells::Numbers(numbers) => Cell::Number(numbers[row]),
+            Cells::Pixels { pixels, at } => Cell::Number(f64::from(pixels.bytes[row * pixels.width + at])),
             Cells::Words { codes, dictionary } => match codes[row] {
                 0 => Cell::Missing,
                 code => Cell::Word(dictionary.word(code)),
@@ -161,6 +185,11 @@ impl Column {
     /// Whether every cell that is not missing is a number, and there is one.
     pub(crate) fn is_numeric(&self) -> bool {
         self.words == 0 && self.numbers > 0
+    }
+
+    /// Whether its numbers are bytes of an image, of which the scale is known.
+    pub(crate) fn is_pixels(&self) -> bool {
+        matches!(self.cells, Cells::Pixels { .. })
     }
 
     pub(crate) fn is_all_missing(&self) -> bool {
@@ -206,6 +235,7 @@ impl Column {
             (Cells::Words { codes, .. }, Cell::Missing) => codes.push(0),
             (Cells::Words { codes, dictionary }, Cell::Number(number)) => codes.push(dictionary.code(&written(number))),
             (Cells::Words { codes, dictionary }, Cell::Word(word)) => codes.push(dictionary.code(word)),
+            (Cells::Pixels { .. }, _) => unreachable!("images are read whole"),
         }
     }
 
@@ -235,6 +265,7 @@ impl Column {
                 codes.shrink_to_fit();
                 dictionary.places = HashMap::new();
             }
+            Cells::Pixels { .. } => {}
         }
     }
 }

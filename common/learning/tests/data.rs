@@ -90,7 +90,7 @@ fn a_file_that_is_no_table_is_refused_with_place_and_remedy() {
     assert_eq!(shards.shown(&missing), "none.csv: no such file");
     fs::create_dir(shards.dir.path().join("d")).unwrap();
     let directory = Table::read(&shards.dir.path().join("d")).unwrap_err();
-    assert_eq!(shards.shown(&directory), "d: not a file; name one CSV file");
+    assert_eq!(shards.shown(&directory), "d: not a file; name one CSV file, or images in idx format");
     for empty in ["", "\n\n", "\r\n"] {
         assert_eq!(shards.refusal(empty), "f.csv: is empty, expected a header line and at least one row", "{empty:?}");
     }

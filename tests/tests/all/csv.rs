@@ -92,7 +92,7 @@ fn a_file_that_is_no_table_is_refused_before_anybody_is_called() {
     }
     assert_eq!(refused("nowhere.csv"), "nowhere.csv: no such file");
     std::fs::create_dir(home.path("flights")).unwrap();
-    assert_eq!(refused("flights"), "flights: not a file; name one CSV file");
+    assert_eq!(refused("flights"), "flights: not a file; name one CSV file, or images in idx format");
     assert_eq!(ear.recv(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock, "somebody was called");
 
     // The ear does hear: a sound file is read, and then there is a call.
