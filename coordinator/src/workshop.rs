@@ -38,6 +38,10 @@ use crate::telemetry::{Kind, Telemetry};
 /// How long a job waits for room on a full disk before it is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// How much of a held payload is in memory while it is folded: it stays in the second-level cache beside the cells that it
+/// is added to.
+const PIECE_BYTES: usize = 256 * 1024;
+
 /// Something to be done. One at a time, in order.
 #[derive(Debug)]
 pub enum Job {
@@ -707,7 +711,7 @@ impl Source {
             Self::Here(payload) => return payload.read(not_here, see),
             Self::Stored(stored) => stored,
         };
-        let mut buffer = vec![0; 1 << 20];
+        let mut buffer = vec![0; PIECE_BYTES];
         loop {
             match stored.read(&mut buffer).map_err(StateError::io(Path::new("a held payload"), "read back"))? {
                 0 => return Ok(()),

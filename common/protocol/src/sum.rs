@@ -207,12 +207,18 @@ impl Checker {
     /// # Errors
     /// At the first byte past the length; nothing of `chunk` is taken in then.
     pub fn update(&mut self, chunk: &[u8]) -> Result<(), Refusal> {
+        self.admit(chunk)?;
+        self.hasher.update(chunk);
+        Ok(())
+    }
+
+    /// Counts `chunk`, which the hasher takes next.
+    fn admit(&mut self, chunk: &[u8]) -> Result<(), Refusal> {
         let got = self.taken.saturating_add(chunk.len() as u64);
         if got > self.expected {
             return Err(Refusal::WrongLength { got, expected: self.expected });
         }
         self.taken = got;
-        self.hasher.update(chunk);
         Ok(())
     }
 
@@ -276,6 +282,9 @@ pub struct Verifier {
     squares: [f64; LANES],
 }
 
+/// What is hashed is squared next, while it is in the cache. Less would not do: BLAKE3 is slower in pieces below 64 KiB.
+const PIECE_BYTES: usize = 64 * 1024;
+
 /// Enough running sums that none waits for its last addition.
 const LANES: usize = 16;
 
@@ -292,9 +301,12 @@ impl Verifier {
     /// # Errors
     /// At the first byte past the length; nothing of `chunk` is taken in then.
     pub fn update(&mut self, chunk: &[u8]) -> Result<(), Refusal> {
-        self.checker.update(chunk)?;
-        let Self { blocks, squares, .. } = self;
-        blocks.feed(chunk, |whole| add_squares(squares, whole));
+        self.checker.admit(chunk)?;
+        let Self { checker, blocks, squares, .. } = self;
+        for piece in chunk.chunks(PIECE_BYTES) {
+            checker.hasher.update(piece);
+            blocks.feed(piece, |whole| add_squares(squares, whole));
+        }
         Ok(())
     }
 
@@ -333,7 +345,26 @@ impl core::fmt::Debug for Verifier {
     }
 }
 
+/// By AVX2 where there is one: the baseline of x86-64 takes a quarter of the hash's own time here, this an eighth.
+/// Each lane takes the same steps either way, so the sums are the same bits.
 fn add_squares(squares: &mut [f64; LANES], blocks: &[[u8; 4 * LANES]]) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: all that it asks for is a processor with AVX2, and this is one.
+        #[allow(unsafe_code)]
+        return unsafe { add_squares_avx2(squares, blocks) };
+    }
+    add_squares_plain(squares, blocks);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn add_squares_avx2(squares: &mut [f64; LANES], blocks: &[[u8; 4 * LANES]]) {
+    add_squares_plain(squares, blocks);
+}
+
+#[inline(always)]
+fn add_squares_plain(squares: &mut [f64; LANES], blocks: &[[u8; 4 * LANES]]) {
     // In a local, so that the compiler keeps the sums in registers.
     let mut sums = *squares;
     for block in blocks {
@@ -614,12 +645,50 @@ impl Fold<'_> {
 
 /// Adds `round_ties_even(x · scale)` to each cell, for products of magnitude at most 2^51. Everything but the
 /// addition of [`ROUNDER`] is exact.
+///
+/// The numbers come from a block that is in the cache already; the cells come from memory, which is what it waits for.
 fn fold(cells: &mut [u64], numbers: &[[u8; 4]], scale: f64) {
+    let both = cells.len().min(numbers.len());
+    let (steps, last_cells) = cells[..both].as_chunks_mut::<FOLD_STEP>();
+    let (numbers, last_numbers) = numbers[..both].as_chunks::<FOLD_STEP>();
+    for (cells, numbers) in steps.iter_mut().zip(numbers) {
+        prefetch(cells);
+        add_rounded(cells, numbers, scale);
+    }
+    add_rounded(last_cells, last_numbers, scale);
+}
+
+#[inline(always)]
+fn add_rounded(cells: &mut [u64], numbers: &[[u8; 4]], scale: f64) {
     for (cell, number) in cells.iter_mut().zip(numbers) {
         let rounded = f64::from(f32::from_le_bytes(*number)) * scale + ROUNDER;
         *cell = cell.wrapping_add(rounded.to_bits().wrapping_sub(ROUNDER.to_bits()));
     }
 }
+
+/// Cells between two calls of [`prefetch`]: four cache lines of 64 bytes.
+const FOLD_STEP: usize = 32;
+
+/// How far ahead, in cells. A processor's own prefetcher ends at each page of 4 KiB; this crosses it.
+const PREFETCH_AHEAD: usize = 256;
+
+/// Asks for the cache lines [`PREFETCH_AHEAD`] cells on from `cells`: without it a fold takes a fifth longer.
+#[cfg(target_arch = "x86_64")]
+fn prefetch(cells: &[u64]) {
+    use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    let ahead = cells.as_ptr().wrapping_add(PREFETCH_AHEAD);
+    for line in 0..FOLD_STEP / 8 {
+        // SAFETY: a hint is not an access. It reads nothing that the program can see, it faults at no address, and the
+        // pointer, which may lie behind the last cell, is made without claiming that anything is there.
+        #[allow(unsafe_code)]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(8 * line).cast());
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn prefetch(_: &[u64]) {}
 
 #[cfg(test)]
 mod tests {
@@ -869,6 +938,21 @@ mod tests {
         assert_eq!(sum.group.cells[0].cast_signed() as f64, expected, "{x:e} of weight {weight}");
     }
 
+    /// Steps, what is left behind the last one, and numbers without a cell.
+    #[test]
+    fn a_fold_of_any_length_adds_each_number_to_its_own_cell() {
+        let raw: Vec<f32> = (0..200u32).map(|at| ((at as f32) * 0.37 - 30.0) / 3.0).collect();
+        let numbers: Vec<[u8; 4]> = raw.iter().map(|x| x.to_le_bytes()).collect();
+        let scale = Ring::weighted().unit() * 5.0;
+        let entry = |at: usize| ((f64::from(raw[at]) * scale).round_ties_even() as i64).cast_unsigned();
+        for length in 0..=numbers.len() {
+            let mut cells: Vec<u64> = (0..150).map(|at| u64::MAX - at).collect();
+            fold(&mut cells, &numbers[..length], scale);
+            let added = |at: usize| if at < length { entry(at) } else { 0 };
+            assert!((0..150).all(|at| cells[at] == (u64::MAX - at as u64).wrapping_add(added(at))), "{length}");
+        }
+    }
+
     fn rings() -> impl Strategy<Value = Ring> {
         let fine = Ring::new(51, 1, 1.0, 64).unwrap();
         prop::sample::select(vec![Ring::weighted(), Ring::unweighted(), small(), fine])
@@ -893,6 +977,22 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn the_squares_are_the_same_bits_by_any_instructions(
+            bits in prop::collection::vec(any::<u32>(), 160),
+            numbers in prop::collection::vec(number(256.0), 160),
+        ) {
+            for raw in [to_bytes(&numbers), bits.into_iter().flat_map(u32::to_le_bytes).collect()] {
+                let (blocks, _) = raw.as_chunks();
+                let (mut squares, mut plain) = ([0.0; LANES], [0.0; LANES]);
+                add_squares(&mut squares, blocks);
+                add_squares_plain(&mut plain, blocks);
+                // A NaN is refused whichever it is.
+                let bits = |x: f64| if x.is_nan() { f64::NAN.to_bits() } else { x.to_bits() };
+                prop_assert_eq!(squares.map(bits), plain.map(bits));
+            }
+        }
+
         #[test]
         fn an_entry_is_exactly_the_rounded_product(
             (ring, weight, x) in rings().prop_flat_map(|r| (Just(r), 1..=r.weight_max, number(r.norm_max)))
