@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use crate::close::{CloseCode, Ended};
 use crate::connection::Connection;
 use crate::limits;
-use crate::server::transport_config;
+use crate::server::{take_long_datagrams, transport_config};
 use crate::socket::{MeteredSocket, Tap, Taps, Traffic, TrafficTotals};
 use crate::tls::{self, Alpn, PinnedCa, SetupError, TlsIdentity};
 
@@ -92,13 +92,11 @@ impl Client {
         let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).or_else(|_| UdpSocket::bind(any)).map_err(bind)?;
         let traffic = Traffic::default();
         let socket = MeteredSocket::new(socket, traffic.clone(), options.taps.datagrams).map_err(bind)?;
-        let endpoint = quinn::Endpoint::new_with_abstract_socket(
-            EndpointConfig::default(),
-            None,
-            Arc::new(socket),
-            Arc::new(TokioRuntime),
-        )
-        .map_err(bind)?;
+        let mut config = EndpointConfig::default();
+        take_long_datagrams(&mut config);
+        let endpoint =
+            quinn::Endpoint::new_with_abstract_socket(config, None, Arc::new(socket), Arc::new(TokioRuntime))
+                .map_err(bind)?;
         Ok(Self {
             endpoint,
             strict_pq: options.strict_pq,

@@ -12,10 +12,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
+use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::crypto::{CryptoError, HmacKey};
 use quinn::{
-    Connecting, ConnectionError, EndpointConfig, Incoming, TokioRuntime, TransportConfig, ValidationTokenConfig, VarInt,
+    Connecting, ConnectionError, EndpointConfig, Incoming, MtuDiscoveryConfig, TokioRuntime, TransportConfig,
+    ValidationTokenConfig, VarInt,
 };
 use quinn_proto::HashedConnectionIdGenerator;
 use rustls::pki_types::CertificateDer;
@@ -319,6 +321,8 @@ fn quic_config(crypto: QuicServerConfig) -> quinn::ServerConfig {
 pub(crate) fn transport_config(bidi_streams_max: u32) -> TransportConfig {
     let mut config = TransportConfig::default();
     let idle = VarInt::from_u32(limits::IDLE_TIMEOUT_MS).into();
+    let mut congestion = CubicConfig::default();
+    congestion.initial_window(limits::INITIAL_WINDOW_BYTES);
     config
         .max_concurrent_bidi_streams(VarInt::from_u32(bidi_streams_max))
         .max_concurrent_uni_streams(VarInt::from_u32(limits::UNI_STREAMS_MAX))
@@ -328,15 +332,29 @@ pub(crate) fn transport_config(bidi_streams_max: u32) -> TransportConfig {
         .crypto_buffer_size(limits::CRYPTO_BUFFER_BYTES)
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(None)
+        .mtu_discovery_config(Some(path_search()))
+        .congestion_controller_factory(Arc::new(congestion))
         .datagram_receive_buffer_size(None)
         .datagram_send_buffer_size(0);
     config
 }
 
+/// Every path is begun with datagrams that all networks carry, and searched for how long they may be.
+fn path_search() -> MtuDiscoveryConfig {
+    let mut search = MtuDiscoveryConfig::default();
+    search.upper_bound(limits::DATAGRAM_BYTES_MAX).interval(limits::PATH_SEARCH_INTERVAL);
+    search
+}
+
+/// Takes datagrams as long as the other side tries.
+pub(crate) fn take_long_datagrams(config: &mut EndpointConfig) -> &mut EndpointConfig {
+    config.max_udp_payload_size(limits::DATAGRAM_BYTES_MAX).expect("it is above the 1,200 bytes that QUIC needs")
+}
+
 fn endpoint_config(keys: &ResetKeys) -> EndpointConfig {
     let mut config = EndpointConfig::new(Arc::new(ResetTokenKey::new(&keys.token_key)));
     let connection_id_key = keys.connection_id_key;
-    config
+    take_long_datagrams(&mut config)
         .cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(connection_id_key)))
         .min_reset_interval(limits::RESET_INTERVAL);
     config

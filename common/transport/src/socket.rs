@@ -14,7 +14,7 @@ use std::task::{Context, Poll, ready};
 use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
 use quinn::{AsyncUdpSocket, Runtime as _, TokioRuntime, UdpPoller};
 
-use crate::limits::SOCKET_BUFFER_BYTES;
+use crate::limits::{BATCH_BYTES_MAX, DATAGRAM_BYTES_MAX, SOCKET_BUFFER_BYTES};
 
 /// Which way bytes went, as seen from the endpoint whose tap it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -169,8 +169,11 @@ impl AsyncUdpSocket for MeteredSocket {
         self.inner.max_transmit_segments()
     }
 
+    /// quinn takes so many of the longest datagrams for the most that the kernel hands over at once, and makes room for
+    /// thirty-two times that. However many there are in a batch, together they are no longer than one.
     fn max_receive_segments(&self) -> usize {
-        self.inner.max_receive_segments()
+        let longest = BATCH_BYTES_MAX.div_ceil(usize::from(DATAGRAM_BYTES_MAX));
+        self.inner.max_receive_segments().min(longest)
     }
 
     fn may_fragment(&self) -> bool {

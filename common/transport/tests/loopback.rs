@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -679,4 +680,128 @@ fn a_port_that_is_taken_is_named() {
         let taken = Server::bind(options).unwrap_err().to_string();
         assert!(taken.starts_with(&address(&server).to_string()), "{taken}");
     });
+}
+
+// --- how long datagrams may be ---
+
+/// The longest UDP payload on a path of 1,500 bytes.
+const ORDINARY_BYTES: usize = 1_472;
+
+/// A path that loses whatever is longer than it carries.
+struct Strait {
+    address: SocketAddr,
+    carries: Arc<AtomicUsize>,
+    /// The longest that passed.
+    passed: Arc<AtomicUsize>,
+}
+
+impl Strait {
+    /// A path to `server` that ends with the runtime.
+    async fn to(server: SocketAddr, carries: usize) -> Self {
+        let near = Arc::new(tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        let far = Arc::new(tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        far.connect(server).await.unwrap();
+        let strait =
+            Self { address: near.local_addr().unwrap(), carries: Arc::new(carries.into()), passed: Arc::default() };
+        let (carries, passed) = (Arc::clone(&strait.carries), Arc::clone(&strait.passed));
+        tokio::spawn(async move {
+            let (mut there, mut back, mut client) = ([0; 65_536], [0; 65_536], None);
+            let carried = |bytes: usize| {
+                let carried = bytes <= carries.load(Ordering::Relaxed);
+                if carried {
+                    passed.fetch_max(bytes, Ordering::Relaxed);
+                }
+                carried
+            };
+            // A full or closed socket is a loss like any other.
+            loop {
+                tokio::select! {
+                    Ok((bytes, from)) = near.recv_from(&mut there) => {
+                        client = Some(from);
+                        if carried(bytes) {
+                            let _ = far.send(&there[..bytes]).await;
+                        }
+                    }
+                    Ok(bytes) = far.recv(&mut back) => if let Some(client) = client.filter(|_| carried(bytes)) {
+                        let _ = near.send_to(&back[..bytes], client).await;
+                    }
+                }
+            }
+        });
+        strait
+    }
+
+    fn now_carries(&self, bytes: usize) {
+        self.carries.store(bytes, Ordering::Relaxed);
+        self.passed.store(0, Ordering::Relaxed);
+    }
+
+    fn passed(&self) -> usize {
+        self.passed.load(Ordering::Relaxed)
+    }
+}
+
+/// A connection over a path that carries so much.
+async fn across(carries: usize) -> (Pair, Strait) {
+    let fleet = Fleet::new();
+    let server = fleet.serve();
+    let strait = Strait::to(address(&server), carries).await;
+    let client = client();
+    let target = fleet.main(strait.address);
+    let (near, far) = tokio::join!(client.connect(&target), accepted(&server));
+    (Pair { near: near.unwrap(), far: far.unwrap(), client, server, fleet }, strait)
+}
+
+impl Pair {
+    /// Four mebibytes from the client to the server.
+    async fn transfer(&self) {
+        let (mut send, mut receive) = self.stream().await;
+        let body = u32::try_from(RECORD_BYTES).unwrap().to_le_bytes();
+        let mut record = vec![0; limits::RECORD_HEADER_BYTES + RECORD_BYTES + 16];
+        record[4..8].copy_from_slice(&body);
+        let record = Bytes::from(record);
+        let sending = async {
+            for _ in 0..64 {
+                send.write_record(record.clone()).await.unwrap();
+            }
+            send.finish().unwrap();
+        };
+        let receiving = async {
+            let (mut got, mut records) = (BytesMut::new(), 0);
+            while receive.read_record(&mut got).await.unwrap() {
+                assert_eq!(got, record);
+                records += 1;
+            }
+            records
+        };
+        assert_eq!(soon(async { tokio::join!(sending, receiving) }).await.1, 64);
+    }
+}
+
+const RECORD_BYTES: usize = 65_536;
+
+#[tokio::test]
+async fn a_path_that_carries_long_datagrams_is_used_for_them() {
+    let (pair, strait) = across(usize::MAX).await;
+    pair.transfer().await;
+    assert_eq!(strait.passed(), usize::from(limits::DATAGRAM_BYTES_MAX));
+}
+
+#[tokio::test]
+async fn an_ordinary_path_is_found_to_be_one() {
+    let (pair, strait) = across(ORDINARY_BYTES).await;
+    pair.transfer().await;
+    pair.transfer().await;
+    assert!((1_400..=ORDINARY_BYTES).contains(&strait.passed()), "{}", strait.passed());
+    pair.assert_alive().await;
+}
+
+#[tokio::test]
+async fn a_path_that_narrows_under_a_connection_is_noticed() {
+    let (pair, strait) = across(usize::MAX).await;
+    pair.transfer().await;
+    strait.now_carries(ORDINARY_BYTES);
+    pair.transfer().await;
+    assert!(strait.passed() <= ORDINARY_BYTES);
+    pair.assert_alive().await;
 }
