@@ -65,7 +65,7 @@ pub enum DataError {
     TooManyRows { path: String, max: u64 },
     /// Images or labels in idx format that cannot be used.
     #[error("{path}: {fault}")]
-    Idx { path: String, fault: IdxFault },
+    Idx { path: String, fault: Box<IdxFault> },
     /// Somebody wrote to it while it was read.
     #[error("{path}: changed while it was read; try again when nothing writes to it")]
     Changed { path: String },

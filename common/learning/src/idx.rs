@@ -160,7 +160,7 @@ pub(crate) struct Pixels {
 impl Images {
     /// Reads the file at `path` and the labels beside it.
     pub(crate) fn read(path: &Path) -> Result<Self, DataError> {
-        let fault = |fault| DataError::Idx { path: path.display().to_string(), fault };
+        let fault = |fault| DataError::Idx { path: path.display().to_string(), fault: Box::new(fault) };
         let candidates = labels_of(path);
         let expected = candidates.first().ok_or_else(|| fault(IdxFault::Name))?;
         let ([count, rows, columns], pixels) = read(path, IMAGES_MAGIC, "images", check_images)?;
@@ -201,7 +201,7 @@ fn read<const SIZES: usize>(
 ) -> Result<([u32; SIZES], Arc<[u8]>), DataError> {
     let shown = path.display().to_string();
     let failed = |source| read_error(&shown, source);
-    let fault = |fault| DataError::Idx { path: shown.clone(), fault };
+    let fault = |fault| DataError::Idx { path: shown.clone(), fault: Box::new(fault) };
     let mut file = File::open(path).map_err(failed)?;
     let opened = file.metadata().map_err(failed)?;
     let (got, header) = (opened.len(), 4 + 4 * SIZES as u64);
