@@ -53,6 +53,8 @@ struct Volatile {
     sessions: BTreeMap<ConnId, Session>,
     /// The live connection of each worker that has one.
     by_worker: BTreeMap<WorkerId, ConnId>,
+    /// How many sessions are ready: whoever comes is told of, and must not cost a look at everybody.
+    ready: usize,
     outputs: VecDeque<Output>,
     /// How many events were emitted since the start.
     events: u64,
@@ -385,8 +387,9 @@ impl Federation {
             return;
         }
         let (name, worker) = (session.name.clone(), session.worker);
+        self.volatile.ready += 1;
         (self.volatile.blocked, self.volatile.fleet_changed) = (false, true);
-        let workers = u32::try_from(self.ready_workers().count()).unwrap_or(u32::MAX);
+        let workers = u32::try_from(self.volatile.ready).unwrap_or(u32::MAX);
         self.notice(Notice::Ready { name, workers });
         self.receipt_of_last(conn, worker);
         match &self.durable.phase {
@@ -437,6 +440,7 @@ impl Federation {
 
     fn gone(&mut self, conn: ConnId, why: Gone) {
         let Some(session) = self.volatile.sessions.remove(&conn) else { return };
+        self.volatile.ready -= usize::from(session.ready);
         if self.volatile.by_worker.get(&session.worker) == Some(&conn) {
             self.volatile.by_worker.remove(&session.worker);
         }
@@ -484,7 +488,8 @@ impl Federation {
     fn sweep(&mut self) {
         let now = self.volatile.now;
         let with_tasks: BTreeSet<WorkerId> = self.open_tasks().map(|(_, task)| task.worker).collect();
-        let sessions = self.volatile.sessions.iter().filter(|(_, session)| with_tasks.contains(&session.worker));
+        let live = with_tasks.iter().filter_map(|worker| self.volatile.by_worker.get(worker));
+        let sessions = live.filter_map(|conn| Some((conn, self.volatile.sessions.get(conn)?)));
         let gone: Vec<(ConnId, Gone)> = sessions
             .filter_map(|(conn, session)| {
                 let silent = now.since(session.heard) >= SILENCE_MAX;

@@ -77,7 +77,7 @@ impl Federation {
     /// With `min_workers`, so many; without, two, and at the first start no third for a while. The last evaluation of
     /// a run that this process has led takes whoever is there.
     fn enough_workers(&mut self) -> bool {
-        let (ready, needed) = (self.ready_workers().count(), self.workers_needed());
+        let (ready, needed) = (self.volatile.ready, self.workers_needed());
         if ready < needed {
             self.volatile.timers.countdown = None;
             return false;
@@ -115,7 +115,7 @@ impl Federation {
         if !matches!(self.durable.phase, Phase::Gathering) {
             return 0;
         }
-        u32::try_from(self.workers_needed().saturating_sub(self.ready_workers().count())).unwrap_or(u32::MAX)
+        u32::try_from(self.workers_needed().saturating_sub(self.volatile.ready)).unwrap_or(u32::MAX)
     }
 
     /// Says that too few are in: once, and again when there are fewer. Those who come are told of in any case.
@@ -124,7 +124,7 @@ impl Federation {
         if self.volatile.blocked || lacking == 0 {
             return;
         }
-        let have = u32::try_from(self.ready_workers().count()).unwrap_or(u32::MAX);
+        let have = u32::try_from(self.volatile.ready).unwrap_or(u32::MAX);
         if self.volatile.lacking.replace(have).is_none_or(|before| have < before) {
             self.notice(Notice::Waiting { have, need: have.saturating_add(lacking) });
         }
@@ -141,8 +141,7 @@ impl Federation {
         self.volatile.trained = None;
         self.resume();
         self.volatile.paused_for = Duration::ZERO;
-        let wanted =
-            share(self.ready_workers().count(), fraction).min(usize::try_from(UPDATES_MAX).unwrap_or(usize::MAX));
+        let wanted = share(self.volatile.ready, fraction).min(usize::try_from(UPDATES_MAX).unwrap_or(usize::MAX));
         let selected = self.select(round, if folds(kind) { self.over_selected(wanted) } else { wanted });
         let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
         self.emit(Event::Opened { round, kind, base, wanted });
