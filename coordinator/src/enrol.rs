@@ -18,7 +18,7 @@ use protocol::messages::{EnrolAnswer, EnrolRefusal};
 use protocol::sum::Ring;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::registry::{Applicant, Fact, NoSuchWorker, Registry, RegistryJournal, Worker};
+use crate::registry::{Applicant, Fact, NoSuchWorker, Registry, RegistryJournal, Worker, identified};
 use crate::state::{StateDir, StateError, read_small, write_durably};
 use crate::store::StoreError;
 use crate::store::disk::{Disk, RealDisk};
@@ -220,10 +220,6 @@ impl Registrar {
         Ok(self.ca.issue_coordinator(&self.identity.signing.public(), SystemTime::now())?)
     }
 
-    fn enrolled(&self) -> usize {
-        self.registry.workers().filter(|worker| !worker.revoked).count()
-    }
-
     /// What is not durable has not happened.
     fn keep(&mut self, fact: Option<Fact>) -> Result<(), RegistrarError> {
         if let Some(fact) = fact {
@@ -265,14 +261,14 @@ impl Registrar {
     /// If the operating system gives no thread.
     pub fn spawn(mut self) -> std::io::Result<RegistrarHandle> {
         let (questions, mut queue) = mpsc::channel::<Question>(QUESTIONS_MAX);
-        let enrolled = Arc::new(AtomicUsize::new(self.enrolled()));
+        let enrolled = Arc::new(AtomicUsize::new(self.registry.welcome()));
         let known = Known::default();
         self.registry.workers().for_each(|worker| known.note(worker));
         let (count, notes) = (Arc::clone(&enrolled), known.clone());
         std::thread::Builder::new().name("registrar".to_owned()).spawn(move || {
             while let Some(question) = queue.blocking_recv() {
                 self.answer(question, &notes);
-                count.store(self.enrolled(), Ordering::Relaxed);
+                count.store(self.registry.welcome(), Ordering::Relaxed);
             }
         })?;
         Ok(RegistrarHandle { questions, enrolled, known })
@@ -284,10 +280,8 @@ impl Registrar {
             Question::Enrol(applicant, reply) => {
                 let answer = self.enrol(&applicant);
                 // Whoever is told that it is enrolled comes at once.
-                self.registry
-                    .workers()
-                    .filter(|w| w.ed25519.0 == applicant.request.ed25519)
-                    .for_each(|w| known.note(w));
+                let (id, _) = identified(&applicant.request.ed25519);
+                self.registry.worker(&id).into_iter().for_each(|worker| known.note(worker));
                 drop(reply.send(answer));
             }
             Question::Workers(reply) => drop(reply.send(self.workers())),

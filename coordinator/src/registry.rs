@@ -5,7 +5,7 @@
 //! spent on: so a worker that asks again with the same keys, after a crash on either side, gets the same answer,
 //! whatever became of the invitation since.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::ids::{Hash, RunId, WorkerId, WorkerName};
 use protocol::limits::WORKERS_MAX;
@@ -59,6 +59,10 @@ struct Issued {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Registry {
     workers: BTreeMap<WorkerId, Worker>,
+    /// Theirs: whoever is enrolled next must not cost a look at everybody.
+    names: BTreeSet<WorkerName>,
+    /// How many of them were not shut out.
+    welcome: usize,
     /// In the order of their making.
     invitations: Vec<Issued>,
 }
@@ -149,10 +153,14 @@ impl Registry {
             Fact::Enrolled { worker, token_hash } => {
                 let issued = self.invitations.iter_mut().find(|issued| issued.token_hash == *token_hash);
                 issued.into_iter().for_each(|issued| issued.spent_by.push(worker.id));
-                self.workers.insert(worker.id, worker.clone());
+                self.names.insert(worker.name.clone());
+                let before = self.workers.insert(worker.id, worker.clone());
+                self.welcome += usize::from(!worker.revoked);
+                self.welcome -= usize::from(before.is_some_and(|before| !before.revoked));
             }
             Fact::Revoked { id } => {
-                self.workers.get_mut(id).into_iter().for_each(|worker| worker.revoked = true);
+                let Some(worker) = self.workers.get_mut(id) else { return };
+                self.welcome -= usize::from(!std::mem::replace(&mut worker.revoked, true));
             }
         }
     }
@@ -160,6 +168,12 @@ impl Registry {
     /// The workers, by id.
     pub fn workers(&self) -> impl ExactSizeIterator<Item = &Worker> {
         self.workers.values()
+    }
+
+    /// How many workers may come: those that were not shut out.
+    #[must_use]
+    pub fn welcome(&self) -> usize {
+        self.welcome
     }
 
     /// The worker with this id.
@@ -216,13 +230,11 @@ impl Registry {
     }
 
     fn candidate(&self, applicant: &Applicant, weight_max: u32) -> Worker {
-        let key_hash: [u8; 32] = Sha256::digest(applicant.request.ed25519).into();
-        let mut id = [0; 16];
-        id.copy_from_slice(&key_hash[..16]);
+        let (id, key_hash) = identified(&applicant.request.ed25519);
         Worker {
-            id: WorkerId(id),
+            id,
             name: self.free_name(&applicant.request.name),
-            certificate_key_sha256: Hash(key_hash),
+            certificate_key_sha256: key_hash,
             x25519: Hash(applicant.x25519),
             ed25519: Hash(applicant.request.ed25519),
             weight_max,
@@ -232,10 +244,9 @@ impl Registry {
 
     /// `shard`, or `shard-2` if another has that, and so on.
     fn free_name(&self, wish: &WorkerName) -> WorkerName {
-        let taken = |name: &WorkerName| self.workers.values().any(|worker| worker.name == *name);
         let mut name = wish.clone();
         let mut count = 2u32;
-        while taken(&name) {
+        while self.names.contains(&name) {
             let suffix = format!("-{count}");
             let room = protocol::ids::WORKER_NAME_LEN_MAX - suffix.len();
             let stem: String = wish.as_str().chars().take(room).collect();
@@ -328,6 +339,15 @@ fn again(known: &Worker, candidate: &Worker) -> Result<Worker, EnrolRefusal> {
     } else {
         Ok(known.clone())
     }
+}
+
+/// The id of a worker with this Ed25519 key, and the key's SHA-256.
+#[must_use]
+pub fn identified(ed25519: &[u8; 32]) -> (WorkerId, Hash) {
+    let hash: [u8; 32] = Sha256::digest(ed25519).into();
+    let mut id = [0; 16];
+    id.copy_from_slice(&hash[..16]);
+    (WorkerId(id), Hash(hash))
 }
 
 fn token_hash(token: &[u8; 16]) -> Hash {
@@ -443,6 +463,19 @@ mod tests {
     }
 
     #[test]
+    fn those_who_may_come_are_counted_as_they_are_enrolled_and_shut_out() {
+        let mut registry = invited(0, None);
+        registry.enrolled(&applicant(1, "one")).unwrap();
+        let two = registry.enrolled(&applicant(2, "two")).unwrap();
+        registry.make(Fact::Enrolled { worker: two.clone(), token_hash: token_hash(&TOKEN) });
+        assert_eq!(registry.welcome(), 2);
+        for _ in 0..2 {
+            registry.make(Fact::Revoked { id: two.id });
+            assert_eq!(registry.welcome(), 1);
+        }
+    }
+
+    #[test]
     fn one_identity_has_one_session_key() {
         let mut registry = invited(0, None);
         registry.enrolled(&applicant(1, "shard")).unwrap();
@@ -458,7 +491,8 @@ mod tests {
             let mut id = [0; 16];
             id[..8].copy_from_slice(&(n as u64).to_le_bytes());
             let name = format!("w{n}").parse().unwrap();
-            registry.workers.insert(WorkerId(id), Worker { id: WorkerId(id), name, ..first.clone() });
+            let worker = Worker { id: WorkerId(id), name, ..first.clone() };
+            registry.make(Fact::Enrolled { worker, token_hash: token_hash(&TOKEN) });
         }
         assert_eq!(registry.workers.len(), WORKERS_MAX);
         assert_eq!(registry.enrolled(&applicant(2, "other")), Err(EnrolRefusal::Full));
