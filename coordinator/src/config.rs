@@ -41,8 +41,12 @@ pub const KEYS: &[&str] = &[
     "rounds.quorum",
     "rounds.deadline_s",
     "rounds.durability",
+    "limits.connections",
     "tls.strict_pq",
 ];
+
+/// The most connections that a coordinator can be told to hold: ten for each worker that it can know.
+pub const CONNECTIONS_MAX: u32 = 1_000_000;
 
 /// The longest config file that is read, in bytes.
 pub const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -52,6 +56,8 @@ pub const CONFIG_BYTES_MAX: u64 = 1 << 20;
 pub struct Config {
     /// What is trained, and how its rounds are run.
     pub plan: Plan,
+    /// Connections at once, those that are beginning or ending included.
+    pub connections_max: usize,
     /// Whether peers without a post-quantum key exchange are refused.
     pub strict_pq: bool,
 }
@@ -160,7 +166,8 @@ impl Config {
         let rounds = settings.rounds()?;
         let strict_pq = settings.get::<bool>("tls.strict_pq")?.unwrap_or(false);
         let plan = Plan::new(learning, rounds).map_err(|error| settings.out_of_range(error))?;
-        Ok(Self { plan, strict_pq })
+        let connections_max = settings.connections(plan.rounds.min_workers)?;
+        Ok(Self { plan, connections_max, strict_pq })
     }
 }
 
@@ -348,6 +355,20 @@ impl Settings {
                 .unwrap_or_default(),
         })
     }
+
+    /// No fewer than there must be workers for a run to begin.
+    fn connections(&self, min_workers: Option<u32>) -> Result<usize, ConfigError> {
+        let Some(connections) = self.get::<u32>("limits.connections")? else {
+            return Ok(transport::limits::CONNECTIONS_MAX);
+        };
+        let least = min_workers.unwrap_or(1);
+        if !(least..=CONNECTIONS_MAX).contains(&connections) {
+            let expected = format!("{least} to {CONNECTIONS_MAX}, as many as workers that must be in or more");
+            return Err(self.refuse("limits.connections", &expected));
+        }
+        // On a machine whose usize is smaller, memory ends first.
+        Ok(usize::try_from(connections).unwrap_or(usize::MAX))
+    }
 }
 
 /// The keys of a section, if the value is one and there is such a section.
@@ -507,6 +528,8 @@ mod tests {
             quorum = 0.5
             deadline_s = 1.5
             durability = "update"
+            [limits]
+            connections = 5000
             [tls]
             strict_pq = true
         "#;
@@ -514,8 +537,9 @@ mod tests {
             let name = key.rsplit('.').next().unwrap();
             assert!(text.contains(&format!("{name} = ")), "{key} is not in this test");
         }
-        let Config { plan, strict_pq } = parse(text).unwrap();
+        let Config { plan, connections_max, strict_pq } = parse(text).unwrap();
         assert!(strict_pq);
+        assert_eq!(connections_max, 5_000);
         assert_eq!(plan.learning.data.label.as_deref(), Some("late"));
         assert_eq!(plan.learning.data.task, Some(LearningTask::Regression));
         assert_eq!(plan.learning.model, ModelSpec::Mlp { hidden: vec![8, 4] });
@@ -574,6 +598,21 @@ mod tests {
         assert!(
             refused("[rounds]\nover_select = 1.5").contains("rounds.over_select is 1.5, expected a number from 0 to 1")
         );
+    }
+
+    #[test]
+    fn connections_are_as_many_as_was_said_and_no_fewer_than_workers_must_be_in() {
+        let connections = |text: &str| parse(text).unwrap().connections_max;
+        assert_eq!(connections(""), 4_096);
+        assert_eq!(connections("[limits]\nconnections = 20000"), 20_000);
+        assert_eq!(connections("[limits]\nconnections = 3\n[rounds]\nmin_workers = 3"), 3);
+        assert_eq!(
+            refused("[limits]\nconnections = 2\n[rounds]\nmin_workers = 3"),
+            "run.toml:2: limits.connections is 2, expected 3 to 1000000, as many as workers that must be in or more"
+        );
+        assert!(refused("[limits]\nconnections = 0").contains("limits.connections is 0, expected 1 to 1000000"));
+        assert!(refused("[limits]\nconnections = 1000001").contains("expected 1 to 1000000"));
+        assert!(refused("[limits]\nconnection = 5").contains("did you mean limits.connections?"));
     }
 
     #[test]

@@ -352,6 +352,7 @@ fn bind(options: &Options, state: &StateDir, registrar: &Registrar) -> Result<Se
     let (keys, _) = secret.split_first_chunk::<{ ResetKeys::BYTES }>().unwrap_or((&[0; ResetKeys::BYTES], &[]));
     let ca = registrar.authority().certificate().clone();
     let mut server = ServerOptions::new(address, ca, tls_identity(registrar)?, ResetKeys::from_bytes(keys));
+    server.connections_max = options.settings.config.connections_max;
     server.strict_pq = options.settings.config.strict_pq;
     server.taps = options.taps.clone();
     Server::bind(server).map_err(|source| Error::Listen { address, source })

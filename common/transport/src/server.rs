@@ -180,6 +180,7 @@ impl Server {
         let stats = self.endpoint.stats();
         ServerCounts {
             connections: self.endpoint.open_connections(),
+            connections_max: self.connections_max,
             handshakes: self.handshakes_in_flight(),
             begun: stats.accepted_handshakes,
             refused: stats.refused_handshakes,
@@ -220,6 +221,8 @@ impl Server {
 pub struct ServerCounts {
     /// Connections now, those in the handshake or draining included.
     pub connections: usize,
+    /// The most that there may be.
+    pub connections_max: usize,
     /// Handshakes now.
     pub handshakes: usize,
     /// Handshakes that ever began.
@@ -228,6 +231,13 @@ pub struct ServerCounts {
     pub refused: u64,
     /// Attempts that had to prove their address first.
     pub retried: u64,
+}
+
+impl ServerCounts {
+    /// Whether whoever comes now is refused.
+    pub fn is_full(&self) -> bool {
+        self.connections >= self.connections_max
+    }
 }
 
 /// A handshake that has begun. Dropped, it ends the connection.
