@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use protocol::ids::{ConnId, ContentId, Hash, TaskId, Time, WorkerId};
 use protocol::limits::RESUME_BYTES_MIN;
 use protocol::messages::{Assigned, ContentRef, PROTOCOL_VERSION, ToWorker, Upload, Welcome};
 use tokio::sync::{mpsc, oneshot, watch};
-use transport::{CloseCode, Connection, TrafficTotals};
+use transport::{CloseCode, Connection, LinkStats, TrafficTotals};
 
 use crate::conn::{Door, FromConn, Joined, Received, Saying, Ticket, on_compute_pool};
 use crate::control::Command;
@@ -32,11 +33,17 @@ use crate::intake::{Declared, Part, Spools, resume_from};
 use crate::registry::Worker;
 use crate::show::{Show, StatusPage};
 use crate::state::StateError;
-use crate::telemetry::{Direction, Kind, WorkerState, lossy};
+use crate::telemetry::{Direction, Kind, Metrics, WorkerState, lossy};
 use crate::workshop::{Content, Done, Job, WorkshopError};
 
 /// How often figures are taken that no event brings.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Of how many peers figures are taken at once. A larger fleet's turn goes round.
+const LOOKED_AT_MAX: usize = 256;
+
+/// The page names every worker, so that a change is shown at once in a small fleet and up to 200 ms later in one of 20,000.
+const PAGE_EVERY_A_WORKER: Duration = Duration::from_micros(10);
 
 /// How long goodbyes may take altogether.
 const PARTING_MAX: Duration = Duration::from_secs(5);
@@ -134,6 +141,7 @@ pub struct Fleet {
     course: Course,
     room: Room,
     seen: Seen,
+    page: Page,
 }
 
 /// A worker with a live session.
@@ -141,7 +149,7 @@ pub struct Fleet {
 struct Peer {
     worker: Worker,
     link: Connection,
-    sayings: mpsc::Sender<Saying>,
+    sayings: mpsc::Sender<Box<Saying>>,
     /// Contents that were streamed to it.
     had: BTreeSet<ContentId>,
     /// Packets lost so far, as they were last counted.
@@ -216,6 +224,21 @@ struct Room {
 struct Seen {
     traffic: Option<TrafficTotals>,
     commit: Option<Instant>,
+    /// The connection of the peer that was looked at last.
+    peer: u64,
+    /// No more connections are taken, and people know it.
+    full: bool,
+}
+
+/// How the status page stands to what it shows.
+#[derive(Debug, Default)]
+struct Page {
+    /// Something happened since it was made.
+    is_stale: bool,
+    /// When it is to be made, if it is to be before figures are next taken.
+    due: Option<Instant>,
+    /// Before then it may not be made again.
+    rests_until: Option<Instant>,
 }
 
 impl Fleet {
@@ -235,6 +258,7 @@ impl Fleet {
             course: Course::Running,
             room: Room::default(),
             seen: Seen::default(),
+            page: Page::default(),
         }
     }
 
@@ -264,6 +288,7 @@ impl Fleet {
                 // The door that counts them is ours.
                 Ok(()) = short_of_room.changed() => self.uploads_wait(*short_of_room.borrow_and_update() > 0),
                 _ = look.tick() => self.look_around(),
+                () = sleep_till(self.page.due) => self.make_page(),
                 () = &mut shutdown, if !stopped => {
                     stopped = true;
                     self.world.show.say("going away; everything is kept");
@@ -315,6 +340,7 @@ impl Fleet {
     fn drain(&mut self) {
         loop {
             while let Some(effect) = self.core.next() {
+                self.page.is_stale = true;
                 match effect {
                     Effect::Job(job) => self.job(job),
                     Effect::Tell(event) => self.tell(event),
@@ -392,7 +418,7 @@ impl Fleet {
 
     fn say(&mut self, conn: ConnId, saying: Saying) {
         let Some(peer) = self.peers.get(&conn).filter(|peer| !peer.parting) else { return };
-        if let Err(mpsc::error::TrySendError::Full(_)) = peer.sayings.try_send(saying) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = peer.sayings.try_send(Box::new(saying)) {
             self.deaf.push(conn);
         }
     }
@@ -455,7 +481,7 @@ impl Fleet {
         let Some(peer) = self.peers.get_mut(&conn) else { return };
         if !std::mem::replace(&mut peer.parting, true) {
             // Who does not read is not waited for.
-            if peer.sayings.try_send(Saying::Close(code, reason.clone())).is_err() {
+            if peer.sayings.try_send(Box::new(Saying::Close(code, reason.clone()))).is_err() {
                 peer.link.close(code, &reason);
             }
         }
@@ -495,7 +521,7 @@ impl Fleet {
             FromConn::Gone(conn) => {
                 self.uploads.leave(conn);
                 if let Some(mut peer) = self.peers.remove(&conn) {
-                    self.count_lost(&mut peer);
+                    peer.count_lost(&peer.link.stats(), &self.world.door.telemetry.metrics);
                 }
                 self.input(Input::Gone { conn });
             }
@@ -657,26 +683,38 @@ impl Fleet {
 
     /// Takes the figures that no event brings.
     fn look_around(&mut self) {
-        let mut peers = std::mem::take(&mut self.peers);
-        for peer in peers.values_mut() {
-            self.world.door.telemetry.metrics.rtt.record(peer.link.stats().rtt.as_secs_f64());
-            self.count_lost(peer);
+        self.look_at_peers();
+        if self.page.is_stale {
+            self.show_page();
         }
-        self.peers = peers;
-        self.show_page();
         let metrics = &self.world.door.telemetry.metrics;
         if let Some(commit) = self.seen.commit {
             metrics.last_commit_age.set(commit.elapsed().as_secs_f64());
         }
-        metrics.connections.set(lossy(self.world.door.server.counts().connections as u64));
+        let counts = self.world.door.server.counts();
+        metrics.connections.set(lossy(counts.connections as u64));
+        if !std::mem::replace(&mut self.seen.full, counts.is_full()) && counts.is_full() {
+            let most = counts.connections_max;
+            self.world
+                .show
+                .say(&format!("{most} connections, and no more are taken; [limits] connections says how many"));
+        }
         self.count_traffic();
         self.world.door.telemetry.upkeep();
     }
 
-    fn count_lost(&self, peer: &mut Peer) {
-        let lost = peer.link.stats().lost_packets;
-        self.world.door.telemetry.metrics.lost_packets.increment(lost.saturating_sub(peer.lost));
-        peer.lost = lost;
+    fn look_at_peers(&mut self) {
+        let last = ConnId(self.seen.peer);
+        let turn = self.peers.range((Bound::Excluded(last), Bound::Unbounded)).chain(self.peers.range(..=last));
+        let turn: Vec<ConnId> = turn.map(|(conn, _)| *conn).take(LOOKED_AT_MAX).collect();
+        for conn in turn {
+            self.seen.peer = conn.0;
+            let Some(peer) = self.peers.get_mut(&conn) else { continue };
+            let stats = peer.link.stats();
+            let metrics = &self.world.door.telemetry.metrics;
+            metrics.rtt.record(stats.rtt.as_secs_f64());
+            peer.count_lost(&stats, metrics);
+        }
     }
 
     fn count_traffic(&mut self) {
@@ -689,8 +727,19 @@ impl Fleet {
         metrics.quic_datagrams.with(Direction::In).increment(now.received_datagrams - before.received_datagrams);
     }
 
+    /// Sees to it that the page shows what is now: at once, or a little later if it was made just before.
     fn show_page(&mut self) {
+        match self.page.rests_until.filter(|until| Instant::now() < *until) {
+            Some(until) => self.page.due = Some(until),
+            None => self.make_page(),
+        }
+    }
+
+    fn make_page(&mut self) {
         let status = self.core.machine().status();
+        let workers = u32::try_from(status.workers.len()).unwrap_or(u32::MAX);
+        let rests_until = Some(Instant::now() + PAGE_EVERY_A_WORKER.saturating_mul(workers));
+        self.page = Page { is_stale: false, due: None, rests_until };
         let metrics = &self.world.door.telemetry.metrics;
         let busy = status.workers.iter().filter(|(_, busy)| *busy).count();
         metrics.permits_in_use.set(f64::from(status.permits_in_use));
@@ -703,6 +752,13 @@ impl Fleet {
             page.status = Some(status);
             page.disk_full = self.room.told;
         });
+    }
+}
+
+impl Peer {
+    fn count_lost(&mut self, stats: &LinkStats, metrics: &Metrics) {
+        metrics.lost_packets.increment(stats.lost_packets.saturating_sub(self.lost));
+        self.lost = stats.lost_packets;
     }
 }
 
@@ -812,8 +868,13 @@ impl Uploads {
 
 /// Sleeps until `alarm`, which counts from `began`; for ever without one.
 async fn sleep_until(began: Instant, alarm: Option<Time>) {
-    match alarm {
-        Some(Time(nanos)) => tokio::time::sleep_until((began + Duration::from_nanos(nanos)).into()).await,
+    sleep_till(alarm.map(|Time(nanos)| began + Duration::from_nanos(nanos))).await;
+}
+
+/// Sleeps until `due`; for ever without one.
+async fn sleep_till(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
         None => std::future::pending().await,
     }
 }
