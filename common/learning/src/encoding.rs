@@ -28,6 +28,8 @@ const MISSING: f32 = f32::MAX;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rows {
     slots: Arc<[Slot]>,
+    /// Whether each cell is one input, as it is.
+    plain: bool,
     /// One a column and row.
     cells: Vec<f32>,
     targets: Vec<f32>,
@@ -88,7 +90,9 @@ impl Rows {
                 Encoding::Categorical { .. } => Slot::Category { from: at, places: column.encoding.inputs() },
             }
         };
-        Self { slots: schema.columns.iter().map(slot).collect(), cells: Vec::new(), targets: Vec::new() }
+        let slots: Arc<[Slot]> = schema.columns.iter().map(slot).collect();
+        let plain = slots.iter().all(|slot| matches!(slot, Slot::Number { missing: false, .. }));
+        Self { slots, plain, cells: Vec::new(), targets: Vec::new() }
     }
 
     /// How many rows there are.
@@ -163,8 +167,15 @@ impl Rows {
         Ok(())
     }
 
-    /// Writes the inputs of row `at` into `inputs`, which are zero so far.
+    /// Writes the inputs of row `at` into `inputs`.
     pub(crate) fn write_features(&self, at: usize, inputs: &mut [f32]) {
+        if self.plain {
+            for (input, &cell) in inputs.iter_mut().zip(self.cells(at)) {
+                *input = if cell == MISSING { 0.0 } else { cell };
+            }
+            return;
+        }
+        inputs.fill(0.0);
         for (slot, &cell) in self.slots.iter().zip(self.cells(at)) {
             match *slot {
                 Slot::Number { from, missing: true } if cell == MISSING => inputs[from + 1] = 1.0,

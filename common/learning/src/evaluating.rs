@@ -8,8 +8,9 @@ use protocol::evaluation::{ClassScores, Evaluation, Histogram};
 use protocol::limits::{HISTOGRAM_BINS, HISTOGRAM_CLASSES_MAX};
 
 use crate::encoding::Rows;
-use crate::network::{Network, PASS_ROWS_MAX};
+use crate::network::Network;
 use crate::schema::{Schema, Target};
+use crate::stepper::PASS_ROWS_MAX;
 
 /// Log-odds beyond this share the outermost bins.
 const LOG_ODDS_MAX: f64 = 64.0;
@@ -22,13 +23,7 @@ impl Network {
     #[must_use]
     pub fn evaluate(&self, weights: &[f32], rows: &Rows, schema: &Schema) -> Option<Evaluation> {
         let mut sums = Sums::new(schema);
-        for from in (0..rows.len()).step_by(PASS_ROWS_MAX) {
-            let to = rows.len().min(from + PASS_ROWS_MAX);
-            let outputs = self.outputs_of(weights, rows, from, to);
-            for (row, outputs) in outputs.chunks_exact(self.outputs()).enumerate() {
-                sums.add(outputs, rows.targets()[from + row]);
-            }
-        }
+        self.each_output(weights, rows, |row, outputs| sums.add(outputs, rows.targets()[row]));
         sums.finish()
     }
 
@@ -39,11 +34,17 @@ impl Network {
     #[must_use]
     pub fn predict(&self, weights: &[f32], rows: &Rows, schema: &Schema) -> Vec<Vec<f64>> {
         let mut predictions = Vec::with_capacity(rows.len());
-        for from in (0..rows.len()).step_by(PASS_ROWS_MAX) {
-            let outputs = self.outputs_of(weights, rows, from, rows.len().min(from + PASS_ROWS_MAX));
-            predictions.extend(outputs.chunks_exact(self.outputs()).map(|row| prediction(row, &schema.target)));
-        }
+        self.each_output(weights, rows, |_, outputs| predictions.push(prediction(outputs, &schema.target)));
         predictions
+    }
+
+    /// Calls `with` for each of `rows` and its outputs.
+    fn each_output(&self, weights: &[f32], rows: &Rows, mut with: impl FnMut(usize, &[f32])) {
+        let all: Vec<usize> = (0..rows.len()).collect();
+        let mut stepper = self.stepper(weights, rows.len(), false);
+        for picked in all.chunks(PASS_ROWS_MAX) {
+            picked.iter().zip(stepper.outputs(rows, picked)).for_each(|(&row, outputs)| with(row, outputs));
+        }
     }
 }
 

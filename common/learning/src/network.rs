@@ -1,9 +1,9 @@
-//! The models, and the one place where candle computes.
+//! The models, and their reference: gradients by candle's autograd.
 //!
 //! Every model here is a chain of dense layers, `x · Wᵀ + b`, with ReLU between them: `linear` is the chain of one. With
 //! classes the last layer has one output for each, two classes too, and the loss is softmax cross-entropy in nats; with
 //! a number it has one, and the loss is the squared error of the standardised target. Weights come and go as one slice
-//! in layout order; a gradient is computed by candle's autograd.
+//! in layout order. What trains them is the `Stepper`, which is faster and is held against autograd by a test.
 
 use candle_core::{Device, Result as CandleResult, Tensor, Var};
 use protocol::draw::Draw;
@@ -12,9 +12,8 @@ use protocol::plan::ModelSpec;
 
 use crate::encoding::Rows;
 use crate::schema::Schema;
-
-/// A batch larger than this goes through the network in parts, so that memory stays flat.
-pub(crate) const PASS_ROWS_MAX: usize = 4096;
+use crate::stepper::Stepper;
+use crate::training::Gradient;
 
 /// A model without its weights.
 #[derive(Clone, Debug)]
@@ -26,10 +25,11 @@ pub struct Network {
     from_zero: bool,
 }
 
+/// The shape of one layer.
 #[derive(Clone, Copy, Debug)]
-struct Layer {
-    inputs: usize,
-    outputs: usize,
+pub(crate) struct Layer {
+    pub(crate) inputs: usize,
+    pub(crate) outputs: usize,
 }
 
 impl Network {
@@ -81,24 +81,21 @@ impl Network {
         self.layers.first().map_or(0, |layer| layer.inputs)
     }
 
-    /// How many outputs a row has.
-    pub(crate) fn outputs(&self) -> usize {
-        self.layers.last().map_or(0, |layer| layer.outputs)
+    /// What takes rows through this network with `weights`, at most `rows` in a batch; `gather` if more is asked of it than
+    /// outputs and single steps of plain descent.
+    pub(crate) fn stepper(&self, weights: &[f32], rows: usize, gather: bool) -> Stepper {
+        Stepper::new(&self.layers, self.classes, weights, rows, gather)
     }
 
-    /// The outputs of `rows[from..to]`, row after row.
-    pub(crate) fn outputs_of(&self, weights: &[f32], rows: &Rows, from: usize, to: usize) -> Vec<f32> {
-        let picked: Vec<usize> = (from..to).collect();
-        let pass = || {
-            let parameters = self.tensors(weights)?;
-            self.forward(&parameters, &inputs(rows, &picked, self.inputs())?)?.flatten_all()?.to_vec1()
-        };
-        pass().expect(SHAPES)
-    }
-
-    /// The gradient of the mean loss over the `picked` rows, at most [`PASS_ROWS_MAX`], and that mean.
-    pub(crate) fn gradient_of(&self, weights: &[f32], rows: &Rows, picked: &[usize]) -> (Vec<f32>, f64) {
-        self.differentiate(weights, rows, picked).expect(SHAPES)
+    /// The mean gradient over the `picked` rows, by candle's autograd: what training is held against, and some ten times
+    /// slower.
+    ///
+    /// # Panics
+    /// If `weights` or `rows` are of another layout or schema.
+    #[must_use]
+    pub fn gradient_by_autograd(&self, weights: &[f32], rows: &Rows, picked: &[usize]) -> Gradient {
+        let (values, loss) = self.differentiate(weights, rows, picked).expect(SHAPES);
+        Gradient { values, loss }
     }
 
     fn differentiate(&self, weights: &[f32], rows: &Rows, picked: &[usize]) -> CandleResult<(Vec<f32>, f64)> {

@@ -10,7 +10,9 @@ use protocol::draw::Draw;
 use protocol::plan::{BatchSize, TrainSpec};
 
 use crate::encoding::Rows;
-use crate::network::{Network, PASS_ROWS_MAX, to_f64};
+use crate::kernel::Rule;
+use crate::network::{Network, to_f64};
+use crate::stepper::{PASS_ROWS_MAX, Stepper};
 
 /// Whose task it is: the key of its draws.
 #[derive(Clone, Copy, Debug)]
@@ -90,24 +92,27 @@ impl Network {
     ) -> Result<Trained, Stopped> {
         let mut order: Vec<usize> = (0..rows.len()).collect();
         let mut draw = Draw::new(spec.seed, "order of training rows", key.round, key.name);
-        let mut sgd = Sgd::new(start.to_vec(), spec);
-        let (mut passes, mut loss_sum) = (0, 0.0);
+        let batch_rows = batch_rows(spec, rows);
+        let sgd = Sgd::new(spec, batch_rows);
+        let mut stepper = self.stepper(start, batch_rows, sgd.gathers);
+        let (mut steps, mut passes, mut loss_sum) = (0, 0, 0.0);
         for _ in 0..spec.local_epochs {
             draw.shuffle(&mut order);
-            for batch in order.chunks(batch_rows(spec, rows)) {
-                let gradient = self.mean_gradient(&sgd.weights, rows, batch, &mut passes, on_pass)?;
-                if !gradient.loss.is_finite() {
-                    return Err(Stopped::NotFinite { steps: sgd.steps });
+            for batch in order.chunks(batch_rows) {
+                let loss = over_parts(&mut stepper, rows, batch, |part| sgd.rule(part), &mut passes, on_pass)?;
+                if !loss.is_finite() {
+                    return Err(Stopped::NotFinite { steps });
                 }
-                loss_sum += gradient.loss * to_f64(batch.len());
-                sgd.step(&gradient.values);
+                loss_sum += loss;
+                steps += 1;
             }
         }
-        if !sgd.weights.iter().all(|x| x.is_finite()) {
-            return Err(Stopped::NotFinite { steps: sgd.steps.saturating_sub(1) });
+        let weights = stepper.weights();
+        if !weights.iter().all(|x| x.is_finite()) {
+            return Err(Stopped::NotFinite { steps: steps.saturating_sub(1) });
         }
         let seen = to_f64(rows.len()) * f64::from(spec.local_epochs);
-        Ok(Trained { weights: sgd.weights, steps: sgd.steps, loss: if seen > 0.0 { loss_sum / seen } else { 0.0 } })
+        Ok(Trained { weights, steps, loss: if seen > 0.0 { loss_sum / seen } else { 0.0 } })
     }
 
     /// The mean gradient at `weights` over one batch drawn for `key`, or over all `rows` with `batch_size = "full"`.
@@ -132,45 +137,42 @@ impl Network {
             batch.truncate(size);
             batch.sort_unstable();
         }
-        let gradient = self.mean_gradient(weights, rows, &batch, &mut 0, on_pass)?;
-        let finite = gradient.loss.is_finite() && gradient.values.iter().all(|x| x.is_finite());
-        if finite { Ok(gradient) } else { Err(Stopped::NotFinite { steps: 0 }) }
+        let mut stepper = self.stepper(weights, batch.len(), true);
+        let gather = |_| Rule::Gather { kept: 1.0, rate: None };
+        let loss = over_parts(&mut stepper, rows, &batch, gather, &mut 0, on_pass)?;
+        let loss = if batch.is_empty() { 0.0 } else { loss / to_f64(batch.len()) };
+        let values = stepper.gradient();
+        let finite = loss.is_finite() && values.iter().all(|x| x.is_finite());
+        if finite { Ok(Gradient { values, loss }) } else { Err(Stopped::NotFinite { steps: 0 }) }
     }
+}
 
-    /// The gradient of the mean loss over `batch`, in parts that fit.
-    fn mean_gradient(
-        &self,
-        weights: &[f32],
-        rows: &Rows,
-        batch: &[usize],
-        passes: &mut u64,
-        on_pass: OnPass<'_>,
-    ) -> Result<Gradient, Stopped> {
-        let mut pass = |part: &[usize]| {
-            let result = self.gradient_of(weights, rows, part);
-            *passes += 1;
-            match on_pass(*passes) {
-                ControlFlow::Continue(()) => Ok(result),
-                ControlFlow::Break(()) => Err(Stopped::Cancelled),
-            }
-        };
-        if batch.is_empty() {
-            return Ok(Gradient { values: vec![0.0; weights.len()], loss: 0.0 });
+/// Where a part of a batch is in it.
+#[derive(Clone, Copy)]
+struct Part {
+    first: bool,
+    last: bool,
+}
+
+/// Takes `batch` through `stepper` in parts that fit, each under its rule; the sum of their losses.
+fn over_parts(
+    stepper: &mut Stepper,
+    rows: &Rows,
+    batch: &[usize],
+    rule: impl Fn(Part) -> Rule,
+    passes: &mut u64,
+    on_pass: OnPass<'_>,
+) -> Result<f64, Stopped> {
+    let mut loss = 0.0;
+    let parts = batch.len().div_ceil(PASS_ROWS_MAX);
+    for (nth, picked) in batch.chunks(PASS_ROWS_MAX).enumerate() {
+        loss += stepper.step(rows, picked, batch.len(), rule(Part { first: nth == 0, last: nth + 1 == parts }));
+        *passes += 1;
+        if on_pass(*passes).is_break() {
+            return Err(Stopped::Cancelled);
         }
-        if batch.len() <= PASS_ROWS_MAX {
-            let (values, loss) = pass(batch)?;
-            return Ok(Gradient { values, loss });
-        }
-        let (mut sums, mut loss) = (vec![0.0f64; weights.len()], 0.0);
-        for part in batch.chunks(PASS_ROWS_MAX) {
-            let share = to_f64(part.len()) / to_f64(batch.len());
-            let (values, part_loss) = pass(part)?;
-            sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += share * f64::from(value));
-            loss += share * part_loss;
-        }
-        #[allow(clippy::cast_possible_truncation)] // rounds to the nearest f32
-        Ok(Gradient { values: sums.into_iter().map(|sum| sum as f32).collect(), loss })
     }
+    Ok(loss)
 }
 
 /// How many rows a step of `spec` takes from `rows`; at least 1.
@@ -181,31 +183,27 @@ fn batch_rows(spec: &TrainSpec, rows: &Rows) -> usize {
     }
 }
 
+/// The optimizer's numbers.
 struct Sgd {
-    weights: Vec<f32>,
-    velocity: Vec<f32>,
     learning_rate: f32,
     momentum: f32,
-    steps: u64,
+    /// Whether gradients are gathered before they are followed: with momentum, and where a batch has parts.
+    gathers: bool,
 }
 
 impl Sgd {
     #[allow(clippy::cast_possible_truncation)] // rounds to the nearest f32
-    fn new(weights: Vec<f32>, spec: &TrainSpec) -> Self {
+    fn new(spec: &TrainSpec, batch_rows: usize) -> Self {
         let momentum = spec.momentum as f32;
-        let velocity = if momentum > 0.0 { vec![0.0; weights.len()] } else { Vec::new() };
-        Self { weights, velocity, learning_rate: spec.learning_rate as f32, momentum, steps: 0 }
+        let gathers = momentum > 0.0 || batch_rows > PASS_ROWS_MAX;
+        Self { learning_rate: spec.learning_rate as f32, momentum, gathers }
     }
 
-    fn step(&mut self, gradient: &[f32]) {
-        self.steps += 1;
-        if self.velocity.is_empty() {
-            self.weights.iter_mut().zip(gradient).for_each(|(w, g)| *w -= self.learning_rate * g);
-            return;
+    fn rule(&self, part: Part) -> Rule {
+        if !self.gathers {
+            return Rule::Descend { rate: self.learning_rate };
         }
-        for ((w, v), g) in self.weights.iter_mut().zip(&mut self.velocity).zip(gradient) {
-            *v = self.momentum * *v + g;
-            *w -= self.learning_rate * *v;
-        }
+        let kept = if part.first { self.momentum } else { 1.0 };
+        Rule::Gather { kept, rate: part.last.then_some(self.learning_rate) }
     }
 }

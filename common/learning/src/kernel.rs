@@ -1,0 +1,461 @@
+//! The three products of a dense layer, made for the vectors that the CPU has.
+//!
+//! Weights are kept as [`Panels`]: 32 columns (outputs) at a time, and of these one row (input) behind the other, the bias
+//! as the last row. So a product reads them as they lie, in strips that stay in the cache, and nothing is packed for
+//! it. Rows of a batch are a [`Matrix`] with a 1 behind each row, which the bias is multiplied by: its sum and its
+//! gradient need no code of their own.
+//!
+//! A tile of the result, up to 12 rows by 32 columns, stays in registers while products are added to it, each cell's in
+//! their order, one fused multiply-add at a time. So the bits of a result depend neither on the tiles, nor on how many
+//! threads share them, nor on how wide the CPU's vectors are, if only it fuses.
+
+use pulp::{Arch, Scalar512b, Simd, WithSimd, bytemuck};
+
+/// Columns of a panel; the last one of a matrix has half of them if they are enough.
+pub(crate) const PANEL: usize = 32;
+
+const HALF: usize = PANEL / 2;
+
+/// Floats of a cache line, which a vector of 16 should not straddle.
+const LINE: usize = 16;
+
+/// Repeats a body for each index below a bound of at most 12. The compiler would unroll the loop as well, but late: only
+/// places that are constants from the beginning are sure to become registers.
+macro_rules! unroll {
+    ($index:ident in $end:ident $body:block) => {
+        unroll!($index $end $body 0 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    ($index:ident $end:ident $body:block $($at:literal)*) => {
+        $(if $at < $end {
+            let $index = $at;
+            $body
+        })*
+    };
+}
+
+/// Zeros at first, and at the start of a cache line.
+#[derive(Debug, Default)]
+struct Aligned {
+    floats: Vec<f32>,
+    from: usize,
+}
+
+/// Rows, each at the start of a cache line, and behind each a 1.
+#[derive(Debug)]
+pub(crate) struct Matrix {
+    floats: Aligned,
+    columns: usize,
+    stride: usize,
+}
+
+/// A matrix, 32 columns at a time.
+#[derive(Debug, Default)]
+pub(crate) struct Panels {
+    floats: Aligned,
+    rows: usize,
+    columns: usize,
+}
+
+/// Some columns of a matrix.
+#[derive(Clone, Copy)]
+struct Panel {
+    /// Where they begin in the matrix.
+    column: usize,
+    /// How many there are.
+    columns: usize,
+    /// How many there is room for: a whole panel, or half of one.
+    width: usize,
+}
+
+/// What becomes of a cell of a product.
+#[derive(Clone, Copy)]
+pub(crate) enum Then<'a> {
+    /// It is stored.
+    Store,
+    /// It is stored if it is positive, else zero.
+    Relu,
+    /// It is stored where this matrix is positive, else zero.
+    Where(&'a Matrix),
+}
+
+/// What becomes of a gradient `g`.
+#[derive(Clone, Copy)]
+pub(crate) enum Rule {
+    /// `w ← w - rate·g`
+    Descend {
+        /// The learning rate.
+        rate: f32,
+    },
+    /// `v ← kept·v + g`, then `w ← w - rate·v`, if there is a rate.
+    Gather {
+        /// What is kept of what was gathered.
+        kept: f32,
+        /// The learning rate.
+        rate: Option<f32>,
+    },
+}
+
+impl Aligned {
+    fn new(len: usize) -> Self {
+        let floats = vec![0.0; len + LINE - 1];
+        let from = floats.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE - 1);
+        Self { floats, from }
+    }
+
+    fn get(&self) -> &[f32] {
+        &self.floats[self.from..]
+    }
+
+    fn get_mut(&mut self) -> &mut [f32] {
+        &mut self.floats[self.from..]
+    }
+}
+
+impl Matrix {
+    pub(crate) fn new(rows: usize, columns: usize) -> Self {
+        // An odd number of cache lines: rows a power of two apart would share a few places of the cache.
+        let stride = LINE * ((columns + 1).div_ceil(LINE) | 1);
+        let mut floats = Aligned::new(rows * stride);
+        floats.get_mut().chunks_exact_mut(stride).for_each(|row| row[columns] = 1.0);
+        Self { floats, columns, stride }
+    }
+
+    pub(crate) fn rows(&self) -> impl Iterator<Item = &[f32]> {
+        self.floats.get().chunks_exact(self.stride).map(|row| &row[..self.columns])
+    }
+
+    /// The rows with the 1 behind each, and what pads them.
+    pub(crate) fn padded_rows(&self) -> impl Iterator<Item = &[f32]> {
+        self.floats.get().chunks_exact(self.stride)
+    }
+
+    pub(crate) fn rows_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        let columns = self.columns;
+        self.floats.get_mut().chunks_exact_mut(self.stride).map(move |row| &mut row[..columns])
+    }
+}
+
+impl Panels {
+    pub(crate) fn new(rows: usize, columns: usize) -> Self {
+        Self { floats: Aligned::new(rows * columns.next_multiple_of(HALF)), rows, columns }
+    }
+
+    /// Takes columns `from..` of a layer from where a layout has them: the bias, then a row for each column.
+    pub(crate) fn load(&mut self, from: usize, bias: &[f32], weights: &[f32]) {
+        let inputs = self.rows - 1;
+        for panel in self.panels() {
+            let at = from + panel.column;
+            let panel_floats = self.of_mut(panel);
+            panel_floats[inputs * panel.width..][..panel.columns].copy_from_slice(&bias[at..][..panel.columns]);
+            transpose(&weights[at * inputs..][..panel.columns * inputs], inputs, inputs, panel_floats, panel.width);
+        }
+    }
+
+    /// The reverse of [`Panels::load`].
+    pub(crate) fn store(&self, from: usize, bias: &mut [f32], weights: &mut [f32]) {
+        let inputs = self.rows - 1;
+        for panel in self.panels() {
+            let at = from + panel.column;
+            let (rows, bias_row) = self.of(panel).split_at(inputs * panel.width);
+            bias[at..][..panel.columns].copy_from_slice(&bias_row[..panel.columns]);
+            transpose(rows, panel.width, panel.columns, &mut weights[at * inputs..], inputs);
+        }
+    }
+
+    /// Becomes the transpose of `weights` without their last row.
+    pub(crate) fn transpose_of(&mut self, weights: &Self) {
+        for source in weights.panels() {
+            for panel in self.panels() {
+                let from = &weights.of(source)[panel.column * source.width..][..panel.columns * source.width];
+                let to = &mut self.of_mut(panel)[source.column * panel.width..];
+                transpose(from, source.width, source.columns, to, panel.width);
+            }
+        }
+    }
+
+    fn panels(&self) -> impl Iterator<Item = Panel> + use<> {
+        let all = self.columns;
+        (0..all).step_by(PANEL).map(move |column| {
+            let columns = PANEL.min(all - column);
+            Panel { column, columns, width: if columns <= HALF { HALF } else { PANEL } }
+        })
+    }
+
+    fn of(&self, panel: Panel) -> &[f32] {
+        &self.floats.get()[panel.column * self.rows..][..panel.width * self.rows]
+    }
+
+    fn of_mut(&mut self, panel: Panel) -> &mut [f32] {
+        &mut self.floats.get_mut()[panel.column * self.rows..][..panel.width * self.rows]
+    }
+}
+
+/// `to[..][column..] ← then(Σ from[..][at..] · panels)` over the parts `(at, panels)`, for the first `rows` rows.
+pub(crate) fn multiply(
+    from: &Matrix,
+    rows: usize,
+    parts: &[(usize, &Panels)],
+    then: Then<'_>,
+    to: &mut Matrix,
+    column: usize,
+) {
+    for panel in parts.first().into_iter().flat_map(|(_, panels)| panels.panels()) {
+        make(rows, panel.width, &mut Product { from, parts, panel, then, to, column: column + panel.column });
+    }
+}
+
+/// Follows the gradient of `weights`, whose columns are at `column..` of their layer: the sum over the rows of a batch of the
+/// products of a layer's inputs, with the 1 behind them, and the deltas of its outputs.
+pub(crate) fn follow(
+    weights: &mut Panels,
+    velocity: &mut Panels,
+    column: usize,
+    batch: &[(&[f32], &[f32])],
+    rule: Rule,
+) {
+    for panel in weights.panels() {
+        let (rows, column) = (weights.rows, column + panel.column);
+        let velocity = if matches!(rule, Rule::Descend { .. }) { &mut [][..] } else { velocity.of_mut(panel) };
+        make(rows, panel.width, &mut Step { batch, column, panel, weights: weights.of_mut(panel), velocity, rule });
+    }
+}
+
+/// What is made tile by tile.
+trait Tile {
+    /// Makes `ROWS` rows from `at`, which are `VECTORS` wide.
+    fn make<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, simd: S, at: usize);
+}
+
+/// Makes `rows` rows of `width` in tiles of as even a height as can be.
+fn make(rows: usize, width: usize, tile: &mut impl Tile) {
+    let arch = Arch::new();
+    let tiles = rows.div_ceil(tile_rows_max(arch)).max(1);
+    let (low, higher) = (rows / tiles, rows % tiles);
+    let higher_end = higher * (low + 1);
+    for (at, tiles, height) in [(0, higher, low + 1), (higher_end, tiles - higher, low)] {
+        match (height, width) {
+            (1, PANEL) => dispatch(arch, Run::<_, 1, true> { tile, at, tiles }),
+            (2, PANEL) => dispatch(arch, Run::<_, 2, true> { tile, at, tiles }),
+            (3, PANEL) => dispatch(arch, Run::<_, 3, true> { tile, at, tiles }),
+            (4, PANEL) => dispatch(arch, Run::<_, 4, true> { tile, at, tiles }),
+            (5, PANEL) => dispatch(arch, Run::<_, 5, true> { tile, at, tiles }),
+            (6, PANEL) => dispatch(arch, Run::<_, 6, true> { tile, at, tiles }),
+            (7, PANEL) => dispatch(arch, Run::<_, 7, true> { tile, at, tiles }),
+            (8, PANEL) => dispatch(arch, Run::<_, 8, true> { tile, at, tiles }),
+            (9, PANEL) => dispatch(arch, Run::<_, 9, true> { tile, at, tiles }),
+            (10, PANEL) => dispatch(arch, Run::<_, 10, true> { tile, at, tiles }),
+            (11, PANEL) => dispatch(arch, Run::<_, 11, true> { tile, at, tiles }),
+            (12, PANEL) => dispatch(arch, Run::<_, 12, true> { tile, at, tiles }),
+            (1, _) => dispatch(arch, Run::<_, 1, false> { tile, at, tiles }),
+            (2, _) => dispatch(arch, Run::<_, 2, false> { tile, at, tiles }),
+            (3, _) => dispatch(arch, Run::<_, 3, false> { tile, at, tiles }),
+            (4, _) => dispatch(arch, Run::<_, 4, false> { tile, at, tiles }),
+            (5, _) => dispatch(arch, Run::<_, 5, false> { tile, at, tiles }),
+            (6, _) => dispatch(arch, Run::<_, 6, false> { tile, at, tiles }),
+            (7, _) => dispatch(arch, Run::<_, 7, false> { tile, at, tiles }),
+            (8, _) => dispatch(arch, Run::<_, 8, false> { tile, at, tiles }),
+            (9, _) => dispatch(arch, Run::<_, 9, false> { tile, at, tiles }),
+            (10, _) => dispatch(arch, Run::<_, 10, false> { tile, at, tiles }),
+            (11, _) => dispatch(arch, Run::<_, 11, false> { tile, at, tiles }),
+            (12, _) => dispatch(arch, Run::<_, 12, false> { tile, at, tiles }),
+            _ => debug_assert_eq!(height * tiles, 0, "no tile is higher than 12 rows"),
+        }
+    }
+}
+
+/// Rows of a tile whose sums fit into the registers beside what they are made of.
+fn tile_rows_max(arch: Arch) -> usize {
+    match arch {
+        #[cfg(target_arch = "x86_64")]
+        Arch::V4(_) => 12,
+        #[cfg(target_arch = "x86_64")]
+        Arch::V3(_) => 3,
+        #[cfg(target_arch = "aarch64")]
+        Arch::Neon(_) => 3,
+        _ => 1,
+    }
+}
+
+/// Runs `op` with the widest vectors there are. Without any, arrays stand in for them.
+fn dispatch(arch: Arch, op: impl WithSimd<Output = ()>) {
+    match arch {
+        Arch::Scalar => op.with_simd(Scalar512b),
+        arch => arch.dispatch(op),
+    }
+}
+
+/// Tiles of the same height, one below the other. It is a type for each height, and so a function for each, because the
+/// compiler allots registers well in a function that has one such loop.
+struct Run<'a, T, const ROWS: usize, const WHOLE: bool> {
+    tile: &'a mut T,
+    at: usize,
+    tiles: usize,
+}
+
+impl<T: Tile, const ROWS: usize, const WHOLE: bool> WithSimd for Run<'_, T, ROWS, WHOLE> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match (S::F32_LANES, WHOLE) {
+            (16, true) => self.make_all::<S, 2>(simd),
+            (16, false) => self.make_all::<S, 1>(simd),
+            (8, true) if ROWS <= 3 => self.make_all::<S, 4>(simd),
+            (8, false) if ROWS <= 3 => self.make_all::<S, 2>(simd),
+            (4, true) if ROWS <= 3 => self.make_all::<S, 8>(simd),
+            (4, false) if ROWS <= 3 => self.make_all::<S, 4>(simd),
+            (lanes, _) => unreachable!("tiles of {ROWS} rows and vectors of {lanes}"),
+        }
+    }
+}
+
+impl<T: Tile, const ROWS: usize, const WHOLE: bool> Run<'_, T, ROWS, WHOLE> {
+    #[inline(always)]
+    fn make_all<S: Simd, const VECTORS: usize>(self, simd: S) {
+        for nth in 0..self.tiles {
+            self.tile.make::<S, ROWS, VECTORS>(simd, self.at + nth * ROWS);
+        }
+    }
+}
+
+struct Product<'a> {
+    from: &'a Matrix,
+    parts: &'a [(usize, &'a Panels)],
+    panel: Panel,
+    then: Then<'a>,
+    to: &'a mut Matrix,
+    column: usize,
+}
+
+impl Tile for Product<'_> {
+    #[inline(always)]
+    fn make<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, simd: S, at: usize) {
+        let zero = simd.splat_f32s(0.0);
+        let mut sums = [[zero; VECTORS]; ROWS];
+        for (start, panels) in self.parts {
+            add_rows(simd, &mut sums, &self.from.floats.get()[*start..], self.from.stride, at, panels.of(self.panel));
+        }
+        unroll!(r in ROWS {
+            let place = (at + r) * self.to.stride + self.column;
+            match self.then {
+                Then::Store => {}
+                Then::Relu => {
+                    unroll!(v in VECTORS {
+                        // In this order a NaN stays one.
+                        sums[r][v] = simd.max_f32s(zero, sums[r][v]);
+                    });
+                }
+                Then::Where(matrix) => {
+                    let mask = vectors::<S, VECTORS>(&matrix.floats.get()[place..]);
+                    unroll!(v in VECTORS {
+                        sums[r][v] = simd.select_f32s(simd.greater_than_f32s(mask[v], zero), sums[r][v], zero);
+                    });
+                }
+            }
+            let to = &mut self.to.floats.get_mut()[place..];
+            if self.panel.columns == self.panel.width {
+                *vectors_mut::<S, VECTORS>(to) = sums[r];
+            } else {
+                // A copy: what is read at a place that is known only now cannot stay in registers.
+                let row = sums[r];
+                to[..self.panel.columns].copy_from_slice(&bytemuck::cast_slice(&row)[..self.panel.columns]);
+            }
+        });
+    }
+}
+
+/// The first vectors of `floats`.
+#[inline(always)]
+fn vectors<S: Simd, const VECTORS: usize>(floats: &[f32]) -> &[S::f32s; VECTORS] {
+    S::as_simd_f32s(floats).0.first_chunk().expect("rows are padded to whole vectors")
+}
+
+/// See [`vectors`].
+#[inline(always)]
+fn vectors_mut<S: Simd, const VECTORS: usize>(floats: &mut [f32]) -> &mut [S::f32s; VECTORS] {
+    S::as_mut_simd_f32s(floats).0.first_chunk_mut().expect("rows are padded to whole vectors")
+}
+
+/// `sums[r] += Σ from[at + r][j]·panel[j]`
+#[inline(always)]
+fn add_rows<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    simd: S,
+    sums: &mut [[S::f32s; VECTORS]; ROWS],
+    from: &[f32],
+    stride: usize,
+    at: usize,
+    panel: &[f32],
+) {
+    let panel = S::as_simd_f32s(panel).0.as_chunks::<VECTORS>().0;
+    let mut rows = [&[][..]; ROWS];
+    unroll!(r in ROWS {
+        rows[r] = &from[(at + r) * stride..][..panel.len()];
+    });
+    for j in 0..panel.len() {
+        unroll!(r in ROWS {
+            let x = simd.splat_f32s(rows[r][j]);
+            unroll!(v in VECTORS {
+                sums[r][v] = simd.mul_add_e_f32s(x, panel[j][v], sums[r][v]);
+            });
+        });
+    }
+}
+
+struct Step<'a> {
+    batch: &'a [(&'a [f32], &'a [f32])],
+    column: usize,
+    panel: Panel,
+    weights: &'a mut [f32],
+    velocity: &'a mut [f32],
+    rule: Rule,
+}
+
+impl Tile for Step<'_> {
+    #[inline(always)]
+    fn make<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, simd: S, at: usize) {
+        let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
+        for (inputs, deltas) in self.batch {
+            let inputs = inputs[at..].first_chunk::<ROWS>().expect("a tile ends where the rows do");
+            let deltas = vectors::<S, VECTORS>(&deltas[self.column..]);
+            unroll!(r in ROWS {
+                let x = simd.splat_f32s(inputs[r]);
+                unroll!(v in VECTORS {
+                    sums[r][v] = simd.mul_add_e_f32s(x, deltas[v], sums[r][v]);
+                });
+            });
+        }
+        let width = self.panel.width;
+        let rate = match self.rule {
+            Rule::Descend { rate } => Some(rate),
+            Rule::Gather { kept, rate } => {
+                let kept = simd.splat_f32s(kept);
+                unroll!(r in ROWS {
+                    let velocity = vectors_mut::<S, VECTORS>(&mut self.velocity[(at + r) * width..]);
+                    unroll!(v in VECTORS {
+                        sums[r][v] = simd.mul_add_e_f32s(kept, velocity[v], sums[r][v]);
+                        velocity[v] = sums[r][v];
+                    });
+                });
+                rate
+            }
+        };
+        let Some(rate) = rate else { return };
+        let rate = simd.splat_f32s(-rate);
+        unroll!(r in ROWS {
+            let weights = vectors_mut::<S, VECTORS>(&mut self.weights[(at + r) * width..]);
+            unroll!(v in VECTORS {
+                weights[v] = simd.mul_add_e_f32s(rate, sums[r][v], weights[v]);
+            });
+        });
+    }
+}
+
+/// `to[column][row] ← from[row][column]`: rows of `from` are `stride` apart, those of `to` are `to_stride` apart. `from` has
+/// as many rows as it is long.
+fn transpose(from: &[f32], stride: usize, columns: usize, to: &mut [f32], to_stride: usize) {
+    for (row, from) in from.chunks_exact(stride.max(1)).enumerate() {
+        for (column, value) in from[..columns].iter().enumerate() {
+            to[column * to_stride + row] = *value;
+        }
+    }
+}
