@@ -6,6 +6,7 @@
 use protocol::draw::Draw;
 use protocol::plan::{DataSpec, LearningTask};
 
+use crate::cell::Cell;
 use crate::error::DataError;
 use crate::table::{Column, Table};
 
@@ -183,7 +184,7 @@ impl Dataset {
 
     fn first_fraction(&self) -> Option<(u64, String)> {
         let label = self.label_column();
-        let fraction = |&row: &usize| matches!(label.cell(row), crate::cell::Cell::Number(x) if x.fract() != 0.0);
+        let fraction = |&row: &usize| matches!(label.cell(row), Cell::Number(x) if x.fract() != 0.0);
         let row = (0..self.table.rows()).find(fraction)?;
         Some((self.table.line(row), label.category(row)?.into_owned()))
     }
@@ -236,8 +237,14 @@ fn of_label(error: DataError) -> DataError {
 }
 
 fn labelled_rows(table: &Table, label: &str) -> Vec<usize> {
-    let has_label = |row: &usize| table.column(label).is_some_and(|column| column.category(*row).is_some());
-    (0..table.rows()).filter(has_label).collect()
+    let (mut labelled, mut row) = (Vec::new(), 0);
+    if let Some(column) = table.column(label) {
+        column.each(0..table.rows(), |cell| {
+            labelled.extend((cell != Cell::Missing).then_some(row));
+            row += 1;
+        });
+    }
+    labelled
 }
 
 /// Columns that `spec` names in vain.
@@ -278,10 +285,9 @@ fn split(rows: Vec<usize>, fraction: f64, seed: u64, name: &str) -> (Vec<usize>,
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
     let wanted = (rows.len() as f64 * fraction).round() as usize; // a share of a count below 2^32
     let count = wanted.clamp(1, rows.len() - 1);
-    let mut drawn = rows;
+    let mut drawn = rows.clone();
     Draw::new(seed, "held-out rows", 0, name).shuffle(&mut drawn);
-    let mut training = drawn.split_off(count);
-    drawn.sort_unstable();
-    training.sort_unstable();
-    (training, drawn)
+    let mut is_held_out = vec![false; rows.last().map_or(0, |last| last + 1)];
+    drawn[..count].iter().for_each(|row| is_held_out[*row] = true);
+    rows.into_iter().partition(|row| !is_held_out[*row])
 }

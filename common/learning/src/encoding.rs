@@ -6,9 +6,9 @@
 //! mode, as raw little-endian `f32`: the cells of a row, then its target.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::sync::Arc;
 
+use hashbrown::HashMap;
 use protocol::plan::LearningTask;
 
 use crate::cell::{Cell, written};
@@ -167,8 +167,11 @@ impl Rows {
         Ok(())
     }
 
-    /// Writes the inputs of row `at` into `inputs`.
-    pub(crate) fn write_features(&self, at: usize, inputs: &mut [f32]) {
+    /// Writes the inputs of row `at` into `inputs`, whatever they were.
+    ///
+    /// # Panics
+    /// If there are not so many rows, or `inputs` are fewer than the row has.
+    pub fn write_features(&self, at: usize, inputs: &mut [f32]) {
         if self.plain {
             for (input, &cell) in inputs.iter_mut().zip(self.cells(at)) {
                 *input = if cell == MISSING { 0.0 } else { cell };
@@ -309,6 +312,17 @@ struct EncodingPlan<'a> {
     classes: HashMap<&'a str, f32>,
 }
 
+/// What the values of one column become, as far as it is known.
+struct Coded {
+    /// By code; `None` if a number was expected.
+    words: Vec<Option<f32>>,
+    /// Places of numbers that are categories, by their bits.
+    numbers: HashMap<u64, f32>,
+}
+
+/// Rows that are encoded at once.
+const BLOCK_ROWS: usize = 256;
+
 impl<'a> EncodingPlan<'a> {
     fn new(data: &'a Dataset, schema: &'a Schema) -> Result<Self, DataError> {
         let table = &data.table;
@@ -326,18 +340,58 @@ impl<'a> EncodingPlan<'a> {
         Ok(Self { table, label, columns, schema, encoder: Encoder::new(schema), classes })
     }
 
+    /// By blocks of rows and in each column by column: what a column needs is looked up once a block, and the block's cells,
+    /// which lie row by row, stay in the first-level cache.
     fn rows(&self, rows: &[usize]) -> Result<Rows, DataError> {
+        let width = self.columns.len();
         let mut encoded = Rows::new(self.schema);
-        encoded.cells.reserve_exact(rows.len() * self.columns.len());
-        encoded.targets.reserve_exact(rows.len());
-        for &row in rows {
-            encoded.push_target(self.target(row)?);
-            for (at, column) in self.columns.iter().enumerate() {
-                let cell = self.encoder.encode(at, column.cell(row));
-                encoded.push_cell(cell.ok_or_else(|| self.not_a_number(column))?);
+        encoded.targets = rows.iter().map(|&row| self.target(row)).collect::<Result<_, _>>()?;
+        encoded.cells = vec![0.0; rows.len() * width];
+        let mut coded: Vec<Coded> = (0..width).map(|at| self.coded(at)).collect();
+        for (rows, cells) in rows.chunks(BLOCK_ROWS).zip(encoded.cells.chunks_mut(BLOCK_ROWS * width)) {
+            for (at, coded) in coded.iter_mut().enumerate() {
+                let cells = cells[at..].iter_mut().step_by(width);
+                self.encode_column(at, coded, rows, cells)?;
             }
         }
         Ok(encoded)
+    }
+
+    /// What each word of column `at` becomes.
+    fn coded(&self, at: usize) -> Coded {
+        let encode = |cell| self.encoder.encode(at, cell);
+        let words = self.columns[at].words().map_or(&[][..], |(_, words)| words);
+        let words = [Cell::Missing].into_iter().chain(words.iter().map(|word| Cell::Word(word)));
+        Coded { words: words.map(encode).collect(), numbers: HashMap::new() }
+    }
+
+    fn encode_column<'c>(
+        &self,
+        at: usize,
+        coded: &mut Coded,
+        rows: &[usize],
+        mut cells: impl Iterator<Item = &'c mut f32>,
+    ) -> Result<(), DataError> {
+        let column = self.columns[at];
+        if let Some((codes, _)) = column.words() {
+            for (&row, to) in rows.iter().zip(cells) {
+                *to = coded.words[codes[row] as usize].ok_or_else(|| self.not_a_number(column))?;
+            }
+            return Ok(());
+        }
+        let mut put = |encoded: f32| cells.next().into_iter().for_each(|to| *to = encoded);
+        let rows = rows.iter().copied();
+        match &self.schema.columns[at].encoding {
+            Encoding::Numeric { mean, deviation, .. } => column.each(rows, |cell| {
+                put(if let Cell::Number(x) = cell { standardised(x, *mean, *deviation) } else { MISSING });
+            }),
+            Encoding::Categorical { .. } => column.each(rows, |cell| {
+                let bits = if let Cell::Number(x) = cell { x.to_bits() } else { f64::NAN.to_bits() };
+                let encode = || self.encoder.encode(at, cell).expect("a category has a place");
+                put(*coded.numbers.entry(bits).or_insert_with(encode));
+            }),
+        }
+        Ok(())
     }
 
     fn target(&self, row: usize) -> Result<f32, DataError> {

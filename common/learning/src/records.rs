@@ -2,14 +2,15 @@
 //!
 //! RFC 4180 with a mandatory header; a byte-order mark, CRLF and blank lines are fine. What is not fine ends the reading
 //! with the line it is on: a row of another width, a quote that is never closed, bytes that are not UTF-8, a file that
-//! changed meanwhile. One record is in memory at a time.
+//! changed meanwhile. One record is in memory at a time, beside the buffer that it was read into.
+//!
+//! A line without a quote is a record, and is found eight bytes at a time ([`scan`]); a record with one is read byte by
+//! byte ([`Quoting`]). Both read as the `csv` crate does, which the tests hold them against.
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
-use std::io::{self, BufReader, Read, Seek as _, SeekFrom, Take};
+use std::io::{self, Read as _, Take};
 use std::path::Path;
-
-use csv::{ByteRecord, Reader, ReaderBuilder, Terminator};
 
 use crate::cell::Cell;
 use crate::error::DataError;
@@ -20,48 +21,55 @@ pub(crate) const COLUMN_NAME_LEN_MAX: usize = 256;
 /// The most columns of a file.
 pub(crate) const COLUMNS_MAX: usize = 65_536;
 
+/// Read at once: fits the second-level cache. A longer record makes the buffer grow.
+const BUFFER_BYTES: usize = 1 << 17;
+
+/// What some editors put at the start of a file in UTF-8.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
 /// A CSV file that is being read.
 #[derive(Debug)]
 pub(crate) struct Records {
     path: String,
     opened: Metadata,
-    ends_with_newline: bool,
     /// Ends where the file ended when it was opened: a file that grows as fast as it is read would never end.
-    reader: Reader<Take<File>>,
+    file: Take<File>,
+    /// `buffer[at..filled]` was read and is no record yet.
+    buffer: Vec<u8>,
+    at: usize,
+    filled: usize,
     header: Vec<String>,
-    record: ByteRecord,
     text: String,
     bounds: Vec<(usize, usize)>,
+    /// The line on which this record begins, and the one on which the next does.
     line: u64,
-    /// The byte at which the record begins, blank lines before it included.
-    start: u64,
+    next_line: u64,
+    quoting: Quoting,
 }
 
 impl Records {
     /// Opens the file at `path` and reads its header.
     pub(crate) fn open(path: &Path) -> Result<Self, DataError> {
         let shown = path.display().to_string();
-        let (file, opened, ends_with_newline) = open(path, &shown)?;
-        // The terminator is a bare newline, so that the line of a record can be told exactly; `read_text`
-        // drops the carriage return.
-        let reader = ReaderBuilder::new()
-            .has_headers(false)
-            .flexible(true)
-            .terminator(Terminator::Any(b'\n'))
-            .buffer_capacity(1 << 17)
-            .from_reader(file.take(opened.len()));
+        let (file, opened) = open(path, &shown)?;
         let mut records = Self {
             path: shown,
+            file: file.take(opened.len()),
             opened,
-            ends_with_newline,
-            reader,
+            buffer: vec![0; BUFFER_BYTES],
+            at: 0,
+            filled: 0,
             header: Vec::new(),
-            record: ByteRecord::new(),
             text: String::new(),
             bounds: Vec::new(),
             line: 0,
-            start: 0,
+            next_line: 1,
+            quoting: Quoting::default(),
         };
+        while records.filled < BYTE_ORDER_MARK.len() && records.fill()? {}
+        if records.buffer.starts_with(BYTE_ORDER_MARK) {
+            records.at = BYTE_ORDER_MARK.len();
+        }
         records.read_header()?;
         Ok(records)
     }
@@ -79,8 +87,7 @@ impl Records {
         }
         let (got, expected) = (self.bounds.len(), self.header.len());
         if got != expected {
-            self.check_unchanged()?;
-            self.check_quotes()?;
+            self.check_end()?;
             return Err(DataError::Ragged { path: self.path.clone(), line: self.line, got, expected });
         }
         Ok(true)
@@ -106,86 +113,246 @@ impl Records {
         Ok(())
     }
 
-    /// Reads one record that is not a blank line into `text` and `bounds`.
+    /// Reads one record that is not a blank line into `text` and `bounds`; false if there is none.
     fn take(&mut self) -> Result<bool, DataError> {
         loop {
-            let more = self.reader.read_byte_record(&mut self.record);
-            if !more.map_err(|error| read_error(&self.path, error.into()))? {
-                return Ok(false);
+            self.bounds.clear();
+            let rest = &self.buffer[self.at..self.filled];
+            let (length, newline) = match scan(rest, &mut self.bounds) {
+                Scan::Line(length) => (length, 1),
+                Scan::Quote => {
+                    if self.take_quoted()? {
+                        return Ok(true);
+                    }
+                    continue;
+                }
+                Scan::Cut if self.fill()? => continue,
+                Scan::Cut if self.at == self.filled => return Ok(false),
+                // The last line need not end with a newline.
+                Scan::Cut => (self.filled - self.at, 0),
+            };
+            let from = self.at;
+            self.at += length + newline;
+            self.line = self.next_line;
+            self.next_line += newline as u64;
+            if !matches!(&self.buffer[from..from + length], b"" | b"\r") {
+                return self.set_line(from, length).map(|()| true);
             }
-            self.line = self.line_of_record();
-            self.start = self.record.position().map_or(0, csv::Position::byte);
-            // The CSV reader skips a bare newline by itself.
-            if self.record.len() != 1 || &self.record[0] != b"\r" {
+        }
+    }
+
+    /// Makes the line at `from`, whose commas are in `bounds`, the record.
+    fn set_line(&mut self, from: usize, length: usize) -> Result<(), DataError> {
+        let line = &self.buffer[from..from + length];
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        let Ok(line) = std::str::from_utf8(line) else { return Err(self.not_utf8()) };
+        self.text.clear();
+        self.text.push_str(line);
+        let last = self.bounds.last().map_or(0, |&(_, comma)| comma + 1);
+        self.bounds.push((last, line.len()));
+        Ok(())
+    }
+
+    /// Reads a record in which there is a quote; false if it is a blank line all the same.
+    fn take_quoted(&mut self) -> Result<bool, DataError> {
+        (self.quoting, self.line) = (self.quoting.emptied(), self.next_line);
+        let mut length = 0;
+        loop {
+            let rest = &self.buffer[self.at + length..self.filled];
+            let end = rest.iter().position(|byte| self.quoting.take(*byte));
+            length += end.map_or(rest.len(), |end| end + 1);
+            if end.is_some() || !self.fill()? {
                 break;
             }
         }
-        self.read_text().map(|()| true)
-    }
-
-    fn read_text(&mut self) -> Result<(), DataError> {
+        self.quoting.end_cell();
+        let newlines = self.buffer[self.at..self.at + length].iter().filter(|byte| **byte == b'\n').count();
+        self.next_line += newlines as u64;
+        self.at += length;
+        if self.quoting.is_blank() {
+            return Ok(false);
+        }
         self.text.clear();
         self.bounds.clear();
-        let last = self.record.len().wrapping_sub(1);
-        for (at, cell) in self.record.iter().enumerate() {
-            let cell = if at == last { cell.strip_suffix(b"\r").unwrap_or(cell) } else { cell };
-            let Ok(cell) = std::str::from_utf8(cell) else {
-                return Err(DataError::NotUtf8 { path: self.path.clone(), line: self.line });
-            };
+        for cell in self.quoting.cells() {
+            let Ok(cell) = std::str::from_utf8(cell) else { return Err(self.not_utf8()) };
             let from = self.text.len();
             self.text.push_str(cell);
             self.bounds.push((from, self.text.len()));
         }
-        Ok(())
+        Ok(true)
     }
 
-    /// The reader counts newlines, those inside of quotes too, and stands behind the record's own if it has one.
-    fn line_of_record(&self) -> u64 {
-        let inside: u64 = self.record.as_slice().iter().map(|&b| u64::from(b == b'\n')).sum();
-        let at = self.reader.position();
-        let ended = at.byte() < self.opened.len() || self.ends_with_newline;
-        at.line().saturating_sub(inside + u64::from(ended))
+    /// Reads more behind what is not taken yet; false at the end of the file.
+    fn fill(&mut self) -> Result<bool, DataError> {
+        self.buffer.copy_within(self.at..self.filled, 0);
+        (self.at, self.filled) = (0, self.filled - self.at);
+        if self.filled == self.buffer.len() {
+            self.buffer.resize(2 * self.filled, 0);
+        }
+        loop {
+            match self.file.read(&mut self.buffer[self.filled..]) {
+                Ok(read) => {
+                    self.filled += read;
+                    return Ok(read > 0);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(read_error(&self.path, error)),
+            }
+        }
     }
 
-    fn check_end(&mut self) -> Result<(), DataError> {
+    fn not_utf8(&self) -> DataError {
+        DataError::NotUtf8 { path: self.path.clone(), line: self.line }
+    }
+
+    fn check_end(&self) -> Result<(), DataError> {
         self.check_unchanged()?;
         self.check_quotes()
     }
 
     fn check_unchanged(&self) -> Result<(), DataError> {
-        let now = self.reader.get_ref().get_ref().metadata().map_err(|error| read_error(&self.path, error))?;
+        let now = self.file.get_ref().metadata().map_err(|error| read_error(&self.path, error))?;
         let same = now.len() == self.opened.len() && now.modified().ok() == self.opened.modified().ok();
         if same { Ok(()) } else { Err(DataError::Changed { path: self.path.clone() }) }
     }
 
     /// Whether the record read last ended because its quote closed, or because the file did.
     fn check_quotes(&self) -> Result<(), DataError> {
-        let open = ends_inside_quotes(self.reader.get_ref().get_ref(), self.start)
-            .map_err(|error| read_error(&self.path, error))?;
-        if !open {
-            return Ok(());
+        if matches!(self.quoting.place, Place::Quoted) {
+            return Err(DataError::QuoteNeverClosed { path: self.path.clone(), line: self.line });
         }
-        // The last newline of the file is inside of the quote, and `line_of_record` took it for the record's end.
-        let line = self.line + u64::from(self.ends_with_newline);
-        Err(DataError::QuoteNeverClosed { path: self.path.clone(), line })
+        Ok(())
     }
 }
 
-fn open(path: &Path, shown: &str) -> Result<(File, Metadata, bool), DataError> {
+/// What comes first.
+enum Scan {
+    /// A newline, behind so many bytes without a quote.
+    Line(usize),
+    /// A quote.
+    Quote,
+    /// The end of what was read.
+    Cut,
+}
+
+/// Looks for the end of a line without quotes, and adds its cells to `bounds`, but for the last.
+fn scan(bytes: &[u8], bounds: &mut Vec<(usize, usize)>) -> Scan {
+    let mut from = 0;
+    let mut see = |place: usize| match bytes[place] {
+        b',' => {
+            bounds.push((from, place));
+            from = place + 1;
+            None
+        }
+        b'\n' => Some(Scan::Line(place)),
+        b'"' => Some(Scan::Quote),
+        _ => None,
+    };
+    let (words, rest) = bytes.as_chunks::<8>();
+    for (at, word) in words.iter().enumerate() {
+        let mut found = marked(u64::from_le_bytes(*word));
+        while found != 0 {
+            if let Some(end) = see(8 * at + found.trailing_zeros() as usize / 8) {
+                return end;
+            }
+            found &= found - 1;
+        }
+    }
+    (bytes.len() - rest.len()..bytes.len()).find_map(see).unwrap_or(Scan::Cut)
+}
+
+/// The highest bit of each byte of `word` that is a comma, a newline or a quote, and no other bit.
+fn marked(word: u64) -> u64 {
+    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
+    // Of a byte that is 0, and only of that, neither the sum's highest bit is set, nor its own.
+    let plain = |byte: u8| {
+        let other = word ^ u64::from_le_bytes([byte; 8]);
+        ((other & LOW) + LOW) | other
+    };
+    !(plain(b',') & plain(b'\n') & plain(b'"')) & !LOW
+}
+
+/// A record with quotes, byte by byte, as the `csv` crate reads it.
+#[derive(Debug, Default)]
+struct Quoting {
+    place: Place,
+    /// The cells without what quotes them, and where each ends.
+    bytes: Vec<u8>,
+    ends: Vec<usize>,
+}
+
+/// Where in a record with quotes the next byte is.
+#[derive(Clone, Copy, Debug, Default)]
+enum Place {
+    #[default]
+    CellStart,
+    Bare,
+    Quoted,
+    QuoteInQuoted,
+}
+
+impl Quoting {
+    fn emptied(&mut self) -> Self {
+        let Self { mut bytes, mut ends, .. } = std::mem::take(self);
+        bytes.clear();
+        ends.clear();
+        Self { place: Place::CellStart, bytes, ends }
+    }
+
+    /// Whether `byte` ends the record.
+    fn take(&mut self, byte: u8) -> bool {
+        self.place = match (self.place, byte) {
+            (Place::CellStart, b'"') => Place::Quoted,
+            (Place::Quoted, b'"') => Place::QuoteInQuoted,
+            (Place::Quoted, _) | (Place::QuoteInQuoted, b'"') => {
+                self.bytes.push(byte);
+                Place::Quoted
+            }
+            (_, b',') => {
+                self.end_cell();
+                Place::CellStart
+            }
+            (_, b'\n') => return true,
+            _ => {
+                self.bytes.push(byte);
+                Place::Bare
+            }
+        };
+        false
+    }
+
+    fn end_cell(&mut self) {
+        self.ends.push(self.bytes.len());
+    }
+
+    fn is_blank(&self) -> bool {
+        self.ends.len() == 1 && self.bytes == b"\r"
+    }
+
+    /// The cells, without the carriage return before the newline.
+    fn cells(&self) -> impl Iterator<Item = &[u8]> {
+        let last = self.ends.len() - 1;
+        let from = [0].into_iter().chain(self.ends.iter().copied());
+        from.zip(&self.ends).enumerate().map(move |(at, (from, &to))| {
+            let cell = &self.bytes[from..to];
+            if at == last { cell.strip_suffix(b"\r").unwrap_or(cell) } else { cell }
+        })
+    }
+}
+
+fn open(path: &Path, shown: &str) -> Result<(File, Metadata), DataError> {
     let failed = |error| read_error(shown, error);
     // Before opening: to open a pipe would wait for its writer.
     if !std::fs::metadata(path).map_err(failed)?.is_file() {
         return Err(DataError::NotAFile { path: shown.to_owned() });
     }
-    let mut file = File::open(path).map_err(failed)?;
+    let file = File::open(path).map_err(failed)?;
     let opened = file.metadata().map_err(failed)?;
     if opened.len() == 0 {
         return Err(DataError::Empty { path: shown.to_owned() });
     }
-    let mut last = [0];
-    file.seek(SeekFrom::End(-1)).and_then(|_| file.read_exact(&mut last)).map_err(failed)?;
-    file.rewind().map_err(failed)?;
-    Ok((file, opened, last == *b"\n"))
+    Ok((file, opened))
 }
 
 pub(crate) fn read_error(path: &str, source: io::Error) -> DataError {
@@ -220,36 +387,11 @@ fn check_names(path: &str, names: &[String]) -> Result<(), DataError> {
     Ok(())
 }
 
-/// Reads one record from `start` as the CSV reader does, and says whether the file ended between quotes.
-fn ends_inside_quotes(mut file: &File, start: u64) -> io::Result<bool> {
-    enum At {
-        CellStart,
-        Bare,
-        Quoted,
-        QuoteInQuoted,
-    }
-    file.seek(SeekFrom::Start(start))?;
-    let mut at = At::CellStart;
-    let mut leading = true;
-    for byte in BufReader::new(file).bytes() {
-        let byte = byte?;
-        leading &= matches!(byte, b'\n' | b'\r' | 0xef | 0xbb | 0xbf);
-        at = match (at, byte) {
-            _ if leading => At::CellStart,
-            (At::CellStart, b'"') | (At::QuoteInQuoted, b'"') => At::Quoted,
-            (At::Quoted, b'"') => At::QuoteInQuoted,
-            (At::Quoted, _) => At::Quoted,
-            (_, b',') => At::CellStart,
-            (_, b'\n') => return Ok(false),
-            _ => At::Bare,
-        };
-    }
-    Ok(matches!(at, At::Quoted))
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use csv::Terminator;
+
     use super::*;
 
     /// Reads to the end, with `meanwhile` done to the file after its first row.
@@ -310,6 +452,86 @@ mod tests {
                 line += 1 + row.iter().map(|cell| cell.matches('\n').count() as u64).sum::<u64>();
             }
             proptest::prop_assert!(!records.advance().unwrap());
+        }
+    }
+
+    /// What the `csv` crate reads, as this module used it before it read by itself.
+    fn as_csv_reads(bytes: &[u8]) -> Option<Vec<Vec<String>>> {
+        let mut reader = csv::ReaderBuilder::new()
+            .has_headers(false)
+            .flexible(true)
+            .terminator(Terminator::Any(b'\n'))
+            .from_reader(bytes);
+        let mut records = Vec::new();
+        for record in
+            reader.byte_records().map(Result::unwrap).filter(|record| record.len() != 1 || &record[0] != b"\r")
+        {
+            let last = record.len() - 1;
+            let cell = |(at, cell): (usize, &[u8])| {
+                let cell = if at == last { cell.strip_suffix(b"\r").unwrap_or(cell) } else { cell };
+                String::from_utf8(cell.to_vec()).ok()
+            };
+            records.push(record.iter().enumerate().map(cell).collect::<Option<_>>()?);
+        }
+        Some(records)
+    }
+
+    /// What this module reads of the same, without what it asks of a header and of the width of rows.
+    fn as_we_read(bytes: &[u8], buffer: usize) -> Option<Vec<Vec<String>>> {
+        let mut file = tempfile::tempfile().unwrap();
+        io::Write::write_all(&mut file, bytes).unwrap();
+        io::Seek::rewind(&mut file).unwrap();
+        let mut records = Records {
+            path: String::new(),
+            opened: file.metadata().unwrap(),
+            file: file.take(bytes.len() as u64),
+            buffer: vec![0; buffer],
+            at: 0,
+            filled: 0,
+            header: Vec::new(),
+            text: String::new(),
+            bounds: Vec::new(),
+            line: 0,
+            next_line: 1,
+            quoting: Quoting::default(),
+        };
+        let mut rows = Vec::new();
+        loop {
+            match records.take() {
+                Ok(true) => rows.push(records.cells().map(str::to_owned).collect()),
+                Ok(false) => return Some(rows),
+                Err(DataError::NotUtf8 { .. }) => return None,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn eight_bytes_are_marked_as_one_by_one() {
+        for byte in 0..=255u8 {
+            for place in 0..8 {
+                for other in [b',', b'\n', b'"', 0, 0x7f, 0x80, 0xff, byte ^ 0x80, byte ^ 1] {
+                    let mut bytes = [other; 8];
+                    bytes[place] = byte;
+                    let expected = bytes.map(|b| if matches!(b, b',' | b'\n' | b'"') { 0x80 } else { 0 });
+                    assert_eq!(marked(u64::from_le_bytes(bytes)).to_le_bytes(), expected, "{bytes:?}");
+                }
+            }
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn anything_is_read_as_the_csv_crate_reads_it(
+            bytes in proptest::collection::vec(proptest::sample::select(b"aaaaab,,,,\"\"\"\n\n\r \xc3\xa9\xff\0".to_vec()), 0..120),
+            buffer in 1usize..40,
+        ) {
+            proptest::prop_assert_eq!(as_we_read(&bytes, buffer), as_csv_reads(&bytes));
+        }
+
+        #[test]
+        fn text_is_read_as_the_csv_crate_reads_it(text in "[ab1.,\"\n\r é]{0,200}", buffer in 1usize..300) {
+            proptest::prop_assert_eq!(as_we_read(text.as_bytes(), buffer), as_csv_reads(text.as_bytes()));
         }
     }
 

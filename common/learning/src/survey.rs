@@ -5,8 +5,9 @@
 //! column, of mostly-unique text nothing is. Classes are always named. Whoever receives a survey checks it as any
 //! other peer's word ([`Survey::from_bytes`]).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
+use hashbrown::HashMap;
 use protocol::limits::SURVEY_BYTES_MAX;
 use protocol::messages::{DecodeError, decode, encode};
 use serde::{Deserialize, Serialize};
@@ -203,13 +204,13 @@ fn names_fit(named: &[(String, u64)], max: usize) -> bool {
 }
 
 impl Moments {
-    /// Welford's update (Welford 1962).
+    /// Of a few numbers: their mean, as the first and what the others differ from it, then the differences from the mean. So
+    /// a constant's mean is the constant.
     #[allow(clippy::cast_precision_loss)] // counts of rows stay below 2^53
-    pub(crate) fn add(&mut self, x: f64) {
-        self.count += 1;
-        let delta = x - self.mean;
-        self.mean += delta / self.count as f64;
-        self.m2 += delta * (x - self.mean);
+    fn of(numbers: &[f64]) -> Self {
+        let Some(first) = numbers.first() else { return Self::default() };
+        let mean = first + sum(numbers, |x| x - first) / numbers.len() as f64;
+        Self { count: numbers.len() as u64, mean, m2: sum(numbers, |x| (x - mean) * (x - mean)) }
     }
 
     /// Both together (Chan, Golub and LeVeque 1979, formula 2.1).
@@ -285,28 +286,29 @@ impl Dataset {
                 None,
             ));
         }
-        let seen = count_categories(column, &self.training);
-        let rows = seen.values().sum();
-        let missing = self.training.len() as u64 - rows;
-        let numeric = column.is_numeric() && !self.spec.categorical.contains(&name);
-        let (content, note) = if column.is_all_missing() {
-            (Content::Empty, None)
-        } else if numeric {
+        let rows = self.training.len() as u64;
+        if column.is_all_missing() {
+            return Ok((ColumnSurvey { name, missing: rows, content: Content::Empty }, None));
+        }
+        if column.is_numeric() && !self.spec.categorical.contains(&name) {
             let moments = moments(&self.table, column, &self.training)?;
-            let named = if seen.len() <= CATEGORIES_MAX { named(seen, min_count) } else { Vec::new() };
-            (Content::Numeric { moments, named }, None)
-        } else if seen.len() >= MOSTLY_UNIQUE_FROM && seen.len() as u64 * 2 > rows {
-            let note = Note::MostlyUnique {
-                path: self.table.path().to_owned(),
-                column: name.clone(),
-                distinct: seen.len(),
-                rows,
-            };
-            (Content::Categorical { named: Vec::new(), mostly_unique: true }, Some(note))
-        } else {
-            (Content::Categorical { named: named(seen, min_count), mostly_unique: false }, None)
-        };
-        Ok((ColumnSurvey { name, missing, content }, note))
+            let seen = count_categories(column, &self.training, CATEGORIES_MAX);
+            let named = seen.map_or_else(Vec::new, |seen| named(seen, min_count));
+            let missing = rows - moments.count;
+            return Ok((ColumnSurvey { name, missing, content: Content::Numeric { moments, named } }, None));
+        }
+        let seen = count_categories(column, &self.training, usize::MAX).unwrap_or_default();
+        let having = seen.values().sum();
+        let mostly_unique = seen.len() >= MOSTLY_UNIQUE_FROM && seen.len() as u64 * 2 > having;
+        let note = mostly_unique.then(|| Note::MostlyUnique {
+            path: self.table.path().to_owned(),
+            column: name.clone(),
+            distinct: seen.len(),
+            rows: having,
+        });
+        let named = if mostly_unique { Vec::new() } else { named(seen, min_count) };
+        let content = Content::Categorical { named, mostly_unique };
+        Ok((ColumnSurvey { name, missing: rows - having, content }, note))
     }
 
     fn survey_target(&self) -> Result<TargetSurvey, DataError> {
@@ -316,11 +318,12 @@ impl Dataset {
             false => None,
         };
         let whole = self.labelled().all(|row| matches!(label.cell(row), Cell::Number(x) if x.fract() == 0.0));
-        let mut classes = count_categories(label, &self.training);
+        let mut classes = count_categories(label, &self.training, usize::MAX).unwrap_or_default();
         for row in &self.held_out {
-            classes.entry(key(label.cell(*row))).or_default();
+            if let Some(key) = key(label.cell(*row)) {
+                classes.entry(key).or_default();
+            }
         }
-        classes.remove(&Key::Missing);
         let distinct = classes.len() as u64;
         let may_be_classes = distinct <= CLASSES_MAX as u64 && (whole || numbers.is_none());
         self.check_classes(numbers.is_none(), classes.len())?;
@@ -349,34 +352,44 @@ impl Dataset {
 /// A category before it is written out: numbers by their bits, which are one for each value but zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Key<'a> {
-    Missing,
     Number(u64),
     Word(&'a str),
 }
 
-fn key(cell: Cell<'_>) -> Key<'_> {
+fn key(cell: Cell<'_>) -> Option<Key<'_>> {
     match cell {
-        Cell::Missing => Key::Missing,
-        Cell::Number(0.0) => Key::Number(0),
-        Cell::Number(number) => Key::Number(number.to_bits()),
-        Cell::Word(word) => Key::Word(word),
+        Cell::Missing => None,
+        Cell::Number(0.0) => Some(Key::Number(0)),
+        Cell::Number(number) => Some(Key::Number(number.to_bits())),
+        Cell::Word(word) => Some(Key::Word(word)),
     }
 }
 
-fn count_categories<'a>(column: &'a Column, rows: &[usize]) -> HashMap<Key<'a>, u64> {
+/// How many of `rows` are of each category. `None` as soon as there are more than `max`.
+fn count_categories<'a>(column: &'a Column, rows: &[usize], max: usize) -> Option<HashMap<Key<'a>, u64>> {
+    if let Some((codes, words)) = column.words() {
+        let mut counts = vec![0; words.len() + 1];
+        rows.iter().for_each(|row| counts[codes[*row] as usize] += 1);
+        let counted = words.iter().zip(&counts[1..]).filter(|(_, count)| **count > 0);
+        let counts: HashMap<_, _> = counted.map(|(word, count)| (Key::Word(word), *count)).collect();
+        return (counts.len() <= max).then_some(counts);
+    }
     let mut counts = HashMap::new();
     for row in rows {
-        *counts.entry(key(column.cell(*row))).or_default() += 1;
+        if let Some(key) = key(column.cell(*row)) {
+            *counts.entry(key).or_default() += 1;
+        }
+        if counts.len() > max {
+            return None;
+        }
     }
-    counts.remove(&Key::Missing);
-    counts
+    Some(counts)
 }
 
 fn all_named(counts: HashMap<Key<'_>, u64>) -> Vec<(String, u64)> {
-    let written = counts.into_iter().filter_map(|(key, count)| match key {
-        Key::Missing => None,
-        Key::Number(bits) => Some((written(f64::from_bits(bits)), count)),
-        Key::Word(word) => Some((word.to_owned(), count)),
+    let written = counts.into_iter().map(|(key, count)| match key {
+        Key::Number(bits) => (written(f64::from_bits(bits)), count),
+        Key::Word(word) => (word.to_owned(), count),
     });
     written.collect::<BTreeMap<_, _>>().into_iter().collect()
 }
@@ -396,12 +409,26 @@ pub(crate) fn most_frequent(mut named: Vec<(String, u64)>) -> Vec<(String, u64)>
     named
 }
 
+/// The sum of what `of` makes of them: eight sums side by side, then those.
+fn sum(numbers: &[f64], of: impl Fn(f64) -> f64) -> f64 {
+    let (eights, rest) = numbers.as_chunks::<8>();
+    let mut sums = [0.0; 8];
+    for eight in eights {
+        sums.iter_mut().zip(eight).for_each(|(sum, x)| *sum += of(*x));
+    }
+    sums.iter().sum::<f64>() + rest.iter().map(|x| of(*x)).sum::<f64>()
+}
+
+/// Numbers whose moments are taken at once: they stay in the first-level cache.
+const MOMENTS_BLOCK: usize = 1024;
+
 fn moments(table: &Table, column: &Column, rows: &[usize]) -> Result<Moments, DataError> {
     let mut moments = Moments::default();
-    for row in rows {
-        if let Cell::Number(number) = column.cell(*row) {
-            moments.add(number);
-        }
+    let mut block = Vec::with_capacity(MOMENTS_BLOCK);
+    for rows in rows.chunks(MOMENTS_BLOCK) {
+        block.clear();
+        column.each(rows.iter().copied(), |cell| block.extend(if let Cell::Number(x) = cell { Some(x) } else { None }));
+        moments = moments.merge(Moments::of(&block));
     }
     if moments.is_finite() {
         Ok(moments)
