@@ -1,5 +1,7 @@
 //! The lines of the table, each in a module of its own.
 
+mod csv;
+mod fold;
 pub(crate) mod mnist;
 
 use anyhow::Result;
@@ -56,6 +58,8 @@ impl Line {
     /// Measures it. An error is of the line alone: the others are measured all the same.
     pub(crate) fn measure(self, bench: &Bench, report: &mut Report) -> Result<()> {
         match self {
+            Self::Fold => fold::measure(bench, report),
+            Self::Csv => csv::measure(bench, report),
             Self::Mnist => mnist::measure(bench, report),
             line => anyhow::bail!("line {} is not there yet", line.number()),
         }
