@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)] // a benchmark that cannot go on panics, and its line is then said not to be measured
 
 use std::io::{self, Read, Write};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, mpsc};
@@ -210,6 +211,11 @@ impl Place {
 
     pub(crate) fn state(&self) -> PathBuf {
         self.path("tributary/coordinator")
+    }
+
+    /// Where its coordinator listens.
+    pub(crate) fn listen(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.port))
     }
 
     pub(crate) fn coordinator(&self) -> Running {

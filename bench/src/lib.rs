@@ -4,13 +4,16 @@
 //! beside them: coordinators to measure (`home`), peers that do not train (`peer`, `fleet`), samples (`figures`).
 #![allow(dead_code)] // until every line is there
 
+mod bare;
 pub mod durability;
 mod figures;
 mod fleet;
+mod herd;
 mod home;
 mod lines;
 mod machine;
 mod peer;
+mod process;
 mod report;
 mod rivals;
 mod sides;

@@ -2,7 +2,10 @@
 
 mod csv;
 mod fold;
+mod growth;
+mod idle;
 pub(crate) mod mnist;
+mod start;
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -61,6 +64,9 @@ impl Line {
             Self::Fold => fold::measure(bench, report),
             Self::Csv => csv::measure(bench, report),
             Self::Mnist => mnist::measure(bench, report),
+            Self::Idle => idle::measure(bench, report),
+            Self::Growth => growth::measure(bench, report),
+            Self::Start => start::measure(bench, report),
             line => anyhow::bail!("line {} is not there yet", line.number()),
         }
     }
