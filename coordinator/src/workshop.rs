@@ -1,9 +1,9 @@
 //! The workshop: the one thread that owns tensors, and the store that makes them durable.
 //!
 //! The event loop hands it [`Job`]s in the order in which the machine decided, and hears [`Done`]s in that order: what
-//! a commit announces was sealed before the commit is reported synced. The model exists as raw bytes; it becomes
-//! numbers only for a step, so that at most four and a half models are in memory: the bytes, the sum (two models
-//! wide), the sealed copy that is streamed, and one more while a step runs.
+//! a commit announces was sealed before the commit is reported synced; a large model is sealed beside the writing of its
+//! commit. The model exists as raw bytes, and a step changes them where they stand: so at most four models are in memory,
+//! the bytes, the sum (two models wide) and the sealed copy that is streamed.
 //!
 //! A full disk holds up this thread and nothing else: a [`Job`] that found no room comes back from [`Workshop::work`],
 //! and is done again until there is some.
@@ -14,6 +14,7 @@ use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -41,6 +42,9 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// How much of a held payload is in memory while it is folded: it stays in the second-level cache beside the cells that it
 /// is added to.
 const PIECE_BYTES: usize = 256 * 1024;
+
+/// From so many bytes on a model is sealed by a thread of its own, beside the writing of its commit, which takes longer.
+const SEALED_BESIDE_BYTES: usize = 1 << 20;
 
 /// Something to be done. One at a time, in order.
 #[derive(Debug)]
@@ -190,6 +194,8 @@ pub struct Workshop {
     payloads: BTreeMap<TaskId, Kept>,
     /// In `central` mode: the union of the shared rows, once it was needed.
     rows: Option<Rows>,
+    /// A model that is being sealed beside all this; said to be sealed before the next sync is reported.
+    sealing: Option<JoinHandle<Result<Content, WorkshopError>>>,
 }
 
 impl std::fmt::Debug for Workshop {
@@ -235,6 +241,7 @@ impl Workshop {
             sum: None,
             payloads: BTreeMap::new(),
             rows: None,
+            sealing: None,
         };
         if let Some(state) = state {
             workshop.restore(state)?;
@@ -260,7 +267,7 @@ impl Workshop {
     /// If the operating system gives no thread.
     pub fn spawn(mut self, done: mpsc::UnboundedReceiver<Done>) -> io::Result<WorkshopHandle> {
         let (jobs, mut queue) = mpsc::unbounded_channel();
-        std::thread::Builder::new().name("workshop".to_owned()).spawn(move || {
+        thread::Builder::new().name("workshop".to_owned()).spawn(move || {
             self.begin().unwrap_or_else(|error| self.say(Done::Broken(error)));
             while let Some(job) = queue.blocking_recv() {
                 if self.persist(job).is_break() {
@@ -301,7 +308,7 @@ impl Workshop {
                 if !std::mem::replace(&mut told, true) {
                     self.say(Done::DiskFull);
                 }
-                std::thread::sleep(RETRY_AFTER);
+                thread::sleep(RETRY_AFTER);
             }
         }
         if told {
@@ -535,9 +542,32 @@ impl Workshop {
     }
 
     fn seal(&self, kind: Kind, hash: Hash, plaintext: Arc<[u8]>) -> Result<(), WorkshopError> {
-        let began = Instant::now();
-        let content = Content::seal(kind, hash, &plaintext)?;
-        self.telemetry.metrics.seal_seconds.record(began.elapsed().as_secs_f64());
+        let content = sealed(&self.telemetry, kind, hash, &plaintext)?;
+        self.say(Done::Sealed(Arc::new(content)));
+        Ok(())
+    }
+
+    /// As [`Self::seal_model`]; a large one is sealed while its commit is written, and said to be by the next sync.
+    fn seal_model_beside(&mut self) -> Result<(), WorkshopError> {
+        let Some(hash) = self.model_hash.filter(|_| self.model.len() >= SEALED_BESIDE_BYTES) else {
+            return self.seal_model();
+        };
+        let (telemetry, model) = (self.telemetry.clone(), self.model.clone());
+        let seal = move || sealed(&telemetry, Kind::Model, hash, &model);
+        match thread::Builder::new().name("sealing".to_owned()).spawn(seal) {
+            Ok(sealing) => self.sealing = Some(sealing),
+            Err(error) => {
+                tracing::debug!(%error, "no thread to seal beside");
+                self.seal_model()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for what is being sealed.
+    fn await_sealing(&mut self) -> Result<(), WorkshopError> {
+        let Some(sealing) = self.sealing.take() else { return Ok(()) };
+        let content = sealing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         self.say(Done::Sealed(Arc::new(content)));
         Ok(())
     }
@@ -562,21 +592,25 @@ impl Workshop {
     }
 
     fn step(&mut self, round: u32, tasks: &[TaskId]) -> Result<(), WorkshopError> {
-        let mut weights = self.weights()?;
+        self.await_sealing()?;
         let (Some(sum), Some(server)) = (&mut self.sum, &mut self.server) else {
             return Err(WorkshopError::Unusable("there is nothing to step with".to_owned()));
         };
         let folded: Vec<TaskId> = sum.tasks().iter().copied().collect();
         assert_eq!(folded, tasks, "the sum holds the updates of the round and no other");
         let mean = sum.mean().map_err(|error| WorkshopError::Unusable(error.to_string()))?;
-        let stepped = step(&self.plan.learning, server, &mut weights, mean);
+        // Nobody else has it by now: the store has written it, and what is streamed is the sealed copy.
+        let (model, _) = Arc::make_mut(&mut self.model).as_chunks_mut();
+        let stepped = step(&self.plan.learning, server, model, mean);
         sum.clear();
-        let input = match stepped {
-            Ok(()) => Input::Stepped { round, model: self.take_model(weights)?, train_loss: None },
-            Err(error) => Input::StepFailed { round, sentence: error.to_string() },
-        };
-        self.say(Done::Learned(input));
-        self.seal_model()
+        if let Err(error) = stepped {
+            self.say(Done::Learned(Input::StepFailed { round, sentence: error.to_string() }));
+            return self.seal_model();
+        }
+        let hash = self.frame()?.network.layout().model_hash(&self.model);
+        self.model_hash = Some(hash);
+        self.say(Done::Learned(Input::Stepped { round, model: hash, train_loss: None }));
+        self.seal_model_beside()
     }
 
     fn weights(&self) -> Result<Vec<f32>, WorkshopError> {
@@ -655,6 +689,7 @@ impl Workshop {
     fn sync(&mut self, no: EventNo) -> Result<(), WorkshopError> {
         let began = Instant::now();
         let bytes = self.store.sync()?;
+        self.await_sealing()?;
         self.say(Done::Synced { no, bytes, on_disk: self.store.bytes_on_disk(), took: began.elapsed() });
         Ok(())
     }
@@ -665,6 +700,13 @@ impl Workshop {
         self.say(Done::Written(self.model_dir.clone()));
         Ok(())
     }
+}
+
+fn sealed(telemetry: &Telemetry, kind: Kind, hash: Hash, plaintext: &[u8]) -> Result<Content, WorkshopError> {
+    let began = Instant::now();
+    let content = Content::seal(kind, hash, plaintext)?;
+    telemetry.metrics.seal_seconds.record(began.elapsed().as_secs_f64());
+    Ok(content)
 }
 
 /// A payload that is waited with.

@@ -145,7 +145,8 @@ pub(crate) async fn download(
     }
     let mut opener = BroadcastOpener::new(content.id, &content.key);
     let mut hasher = kind.hasher();
-    let mut bytes = Vec::new();
+    // The announcement is the coordinator's word inside the session, and bounded above.
+    let mut bytes = Vec::with_capacity(usize::try_from(content.bytes).unwrap_or(0));
     let mut record = BytesMut::new();
     while !opener.is_finished() {
         if !stream.read_record(&mut record).await? {

@@ -150,7 +150,11 @@ impl<'de> Deserialize<'de> for Layout {
 /// The bytes of `values`, little-endian.
 #[must_use]
 pub fn to_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    let mut raw = vec![0; values.len() * 4];
+    for (bytes, value) in raw.as_chunks_mut().0.iter_mut().zip(values) {
+        *bytes = value.to_le_bytes();
+    }
+    raw
 }
 
 /// The values of `raw`, or nothing if its length is not a multiple of four.

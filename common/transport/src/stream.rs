@@ -122,6 +122,8 @@ impl RecvStream {
 
     /// Reads on until `expected` bytes are there. `None` where the stream ended before the first.
     async fn fill(&mut self, expected: usize) -> Result<Option<&[u8]>, Cut> {
+        // At once, and not by doubling while it comes: callers have bounded it.
+        self.pending.reserve(expected.saturating_sub(self.pending.len()));
         while self.pending.len() < expected {
             let missing = expected - self.pending.len();
             match self.inner.read_chunk(missing, true).await? {

@@ -21,7 +21,7 @@ use bytes::Bytes;
 use certs::{Ca, CertificateDer, IdentityKey, SERVER_NAME, SessionKey};
 use protocol::draw::Draw;
 use protocol::ids::{Hash, Instance, TaskId, WorkerId};
-use protocol::layout::{from_bytes, model_hasher, to_bytes};
+use protocol::layout::{model_hasher, to_bytes};
 use protocol::limits::{CONTROL_MESSAGE_BYTES_MAX, HELLO_VERSIONS_MAX, RECORD_BYTES_MAX, SENTENCE_LEN_MAX};
 use protocol::messages::{
     Assigned, Encoding, EnrolAnswer, EnrolRefusal, EnrolRequest, Failure, FromWorker, Hello, HelloRefused, Leave,
@@ -720,7 +720,7 @@ fn updates_on(offers: &Offers, base: Hash) -> Vec<(TaskId, u32, Vec<u8>)> {
 
 /// The hash of the model that comes of these updates, each counted once.
 fn fedavg(assigned: &Assigned, base: &[u8], updates: &[(TaskId, u32, Vec<u8>)]) -> Hash {
-    let mut model = from_bytes(base).unwrap();
+    let mut model = base.as_chunks::<4>().0.to_vec();
     let mut sum = Sum::new(Ring::weighted(), model.len());
     for (task, weight, payload) in updates {
         let mut verifier = Verifier::new(Ring::weighted(), payload.len() as u64, Hash::of(payload));
@@ -733,7 +733,7 @@ fn fedavg(assigned: &Assigned, base: &[u8], updates: &[(TaskId, u32, Vec<u8>)]) 
     let learning = protocol::plan::LearningPlan::default();
     let mut state = protocol::strategy::ServerState::new(&learning, model.len());
     protocol::strategy::step(&learning, &mut state, &mut model, mean.into_iter()).unwrap();
-    model_hasher(&assigned.layout).update(&to_bytes(&model)).finalize().into()
+    model_hasher(&assigned.layout).update(model.as_flattened()).finalize().into()
 }
 
 #[test]
