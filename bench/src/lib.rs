@@ -18,3 +18,4 @@ mod report;
 mod rivals;
 mod sides;
 pub mod suite;
+mod wire;

@@ -6,6 +6,10 @@ mod growth;
 mod idle;
 pub(crate) mod mnist;
 mod start;
+mod bulk;
+pub(crate) mod mnist;
+mod model;
+mod session;
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -63,6 +67,9 @@ impl Line {
         match self {
             Self::Fold => fold::measure(bench, report),
             Self::Csv => csv::measure(bench, report),
+            Self::Model => model::measure(bench, report),
+            Self::Bulk => bulk::measure(bench, report),
+            Self::Session => session::measure(bench, report),
             Self::Mnist => mnist::measure(bench, report),
             Self::Idle => idle::measure(bench, report),
             Self::Growth => growth::measure(bench, report),
