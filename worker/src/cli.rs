@@ -143,14 +143,13 @@ fn verify(args: &VerifyArgs) -> Result<(), WorkerError> {
 fn work(args: RunArgs) -> Result<(), WorkerError> {
     let report = printer(args.json);
     let options = options(args, report)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .map_err(WorkerError::Runtime)?;
+    // One thread: what passes between the connection and the loop wakes nobody.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(WorkerError::Runtime)?;
     let outcome = runtime.block_on(async {
         let shutdown = Shutdown::listen().map_err(WorkerError::Runtime)?;
-        run(options, shutdown.first()).await
+        // A task among the others: who waits in `block_on` is woken by a system call each time.
+        let run = tokio::spawn(run(options, shutdown.first())).await;
+        run.map_err(|error| WorkerError::Runtime(error.into()))?
     });
     // A training step that does not look at its cancel flag must not hold the process up.
     runtime.shutdown_background();
@@ -240,8 +239,13 @@ impl Shutdown {
 fn printer(json: bool) -> Report {
     Report::new(Arc::new(move |line: &Line| {
         // Whoever read us may have gone; training goes on.
-        let _ = if json { print_json(line) } else { writeln!(io::stderr().lock(), "{line}") };
+        let _ = if json { print_json(line) } else { print_plain(line) };
     }))
+}
+
+/// In one piece: stderr has no buffer, and a line written by parts is as many system calls.
+fn print_plain(line: &Line) -> io::Result<()> {
+    io::stderr().write_all(format!("{line}\n").as_bytes())
 }
 
 fn print_json(line: &Line) -> io::Result<()> {

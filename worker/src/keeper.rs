@@ -151,6 +151,8 @@ struct Wishes {
     keep: Option<Wanted>,
     /// A log that has lines which are not synced, and when that is due.
     sync: Option<(Arc<File>, Instant)>,
+    /// When the thread looks again by itself, while it sleeps so; it need not be woken for what is due later.
+    looks_at: Option<Instant>,
     ending: bool,
 }
 
@@ -194,12 +196,13 @@ impl Keeper {
 
     /// This payload waits for its receipt now, and no other.
     pub(crate) fn keep(&self, kept: Kept, payload: Bytes) {
-        self.wish(|wishes| wishes.keep = Some(Wanted { kept, payload, due: Instant::now() + SETTLE }));
+        let due = Instant::now() + SETTLE;
+        self.wish(due, |wishes| wishes.keep = Some(Wanted { kept, payload, due }));
     }
 
     /// The payload is offered for another task.
     pub(crate) fn rename(&self, task: TaskId) {
-        self.wish(|wishes| {
+        self.wish(Instant::now(), |wishes| {
             if let Some(wanted) = &mut wishes.keep {
                 wanted.kept.task = task;
             }
@@ -208,26 +211,35 @@ impl Keeper {
 
     /// This payload is no longer needed.
     pub(crate) fn forget(&self, hash: Hash) {
-        self.wish(|wishes| drop(wishes.keep.take_if(|wanted| wanted.kept.made.hash == hash)));
+        self.wish(Instant::now() + SETTLE, |wishes| {
+            wishes.keep.take_if(|wanted| wanted.kept.made.hash == hash);
+        });
     }
 
     /// Lines were written to this log.
     pub(crate) fn sync_soon(&self, log: Arc<File>) {
-        self.wish(|wishes| {
-            let due = wishes.sync.as_ref().map_or_else(|| Instant::now() + SYNC_AFTER, |(_, due)| *due);
+        let now = Instant::now();
+        self.wish(now + SYNC_AFTER, |wishes| {
+            let due = wishes.sync.as_ref().map_or(now + SYNC_AFTER, |(_, due)| *due);
             wishes.sync = Some((log, due));
         });
     }
 
-    fn wish(&self, change: impl FnOnce(&mut Wishes)) {
-        change(&mut self.shared.lock());
-        self.shared.changed.notify_one();
+    /// Changes what is wanted, which the thread is to look at by then. Waking it costs a round of some microseconds more
+    /// than it takes, so it is left alone if it looks early enough by itself.
+    fn wish(&self, by: Instant, change: impl FnOnce(&mut Wishes)) {
+        let mut wishes = self.shared.lock();
+        change(&mut wishes);
+        if wishes.looks_at.is_none_or(|at| by < at) {
+            drop(wishes);
+            self.shared.changed.notify_one();
+        }
     }
 }
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        self.wish(|wishes| wishes.ending = true);
+        self.wish(Instant::now(), |wishes| (wishes.ending, wishes.looks_at) = (true, None));
         if let Some(thread) = self.thread.take() {
             // A thread that panicked has said so.
             let _ = thread.join();
@@ -250,7 +262,9 @@ impl Shared {
                 Err(due) => due,
             };
             let wait = due.map_or(Duration::MAX, |due| due.saturating_duration_since(Instant::now()));
+            wishes.looks_at = due;
             wishes = self.changed.wait_timeout(wishes, wait).unwrap_or_else(PoisonError::into_inner).0;
+            wishes.looks_at = None;
         }
     }
 }

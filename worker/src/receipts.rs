@@ -149,6 +149,8 @@ struct OpenLog {
     file: Arc<File>,
     /// The length of its whole lines.
     bytes: u64,
+    /// Something stands behind them that could not be cut off.
+    is_torn: bool,
 }
 
 impl ReceiptLog {
@@ -196,18 +198,19 @@ impl OpenLog {
         let file = options.open(&path).map_err(|e| FileError::new(&path, "open", e))?;
         let bytes = mend(&file).map_err(|e| FileError::new(&path, "mend", e))?;
         files::sync_directory(directory)?;
-        Ok(Self { path, file: Arc::new(file), bytes })
+        Ok(Self { path, file: Arc::new(file), bytes, is_torn: true })
     }
 
     /// Appends all of it or nothing.
     fn append(&mut self, lines: &[u8]) -> Result<(), FileError> {
         let mut file = &*self.file;
-        let written = file.set_len(self.bytes).and_then(|()| file.write_all(lines));
-        if let Err(error) = written {
+        let cut = if self.is_torn { file.set_len(self.bytes) } else { Ok(()) };
+        if let Err(error) = cut.and_then(|()| file.write_all(lines)) {
             // What a full disk took of it; if even that fails, the next line cuts it off.
-            let _ = file.set_len(self.bytes);
+            self.is_torn = file.set_len(self.bytes).is_err();
             return Err(FileError::new(&self.path, "write", error));
         }
+        self.is_torn = false;
         self.bytes += lines.len() as u64;
         Ok(())
     }
@@ -295,7 +298,8 @@ mod tests {
         fs::create_dir(&there).unwrap();
         log.add(&public, &signed(2));
         log.write().unwrap();
-        // A full disk takes half a line.
+        // A full disk takes half a line, and lets nobody cut it off.
+        log.open.as_mut().unwrap().is_torn = true;
         OpenOptions::new().append(true).open(&path).unwrap().write_all(b"0123").unwrap();
         log.add(&public, &signed(3));
         log.write().unwrap();

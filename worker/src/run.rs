@@ -7,7 +7,7 @@
 //! What the machine keeps until its receipt is written by a thread of its own, behind the offer and not before it: a
 //! payload is a pure function of what a restarted worker is told anyway, so what was not written yet is made again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::io;
 use std::path::PathBuf;
@@ -52,6 +52,9 @@ const PULSES: [(Duration, Duration); 2] =
 
 /// What a pulse names before the first task.
 const NO_TASK: TaskId = TaskId(0);
+
+/// Receipts that may wait until there is nothing else to do.
+const UNREAD_MAX: usize = 16;
 
 /// How long the coordinator may take to hear that the connection is closed.
 const CLOSE_MAX: Duration = Duration::from_millis(500);
@@ -150,6 +153,8 @@ enum Happening {
     Tick,
     /// Nothing was said for a while.
     Pulse,
+    /// There is time to look at receipts.
+    Leisure,
     /// The owner stops the process.
     Stop,
 }
@@ -191,6 +196,10 @@ struct Shell {
     keeper: Keeper,
     receipt_directory: PathBuf,
     receipts: Option<ReceiptLog>,
+    /// Receipts that came and were not looked at: nobody waits for that, and the next task goes first.
+    unread: VecDeque<Signed>,
+    /// What came of a task that was done at once.
+    done: VecDeque<FromTrainer>,
     receipt_count: u64,
     /// The disk does not take receipts, which was said.
     said_unwritten: bool,
@@ -251,6 +260,8 @@ impl Shell {
             keeper,
             receipt_directory: state.receipts(),
             receipts: None,
+            unread: VecDeque::new(),
+            done: VecDeque::new(),
             receipt_count: 0,
             said_unwritten: false,
         })
@@ -267,12 +278,18 @@ impl Shell {
             if let Some(assigned) = self.assigned.take() {
                 self.contents.settle(&assigned).into_iter().for_each(|due| self.download(due));
             }
+            if let Some(report) = self.done.pop_front() {
+                self.take_in_trainer(report)?;
+                continue;
+            }
             let pulse = self.pulse();
             let happening = tokio::select! {
                 biased;
                 () = &mut shutdown, if !stopping => Happening::Stop,
                 // The loop holds a sender itself, so the channel never closes.
                 Some(happening) = self.inbox.recv() => happening,
+                // What was said goes out first.
+                () = tokio::task::yield_now(), if !self.unread.is_empty() => Happening::Leisure,
                 () = tokio::time::sleep(wait.unwrap_or_default()), if wait.is_some() => Happening::Tick,
                 () = tokio::time::sleep(pulse.unwrap_or_default()), if pulse.is_some() => Happening::Pulse,
             };
@@ -395,8 +412,10 @@ impl Shell {
         let (Some(needs), Some(welcome)) = (self.contents.needs(assigned), &self.welcome) else { return };
         let bounds = Bounds { weight_max: welcome.weight_max, norm_max: welcome.norm_max };
         let job = Arc::new(Job::default());
-        self.trainer.work(Order { assigned: assigned.clone(), needs, bounds, job: Arc::clone(&job) });
-        self.work = Work::Going(assigned.task, job);
+        let task = assigned.task;
+        let done = self.trainer.work(Order { assigned: assigned.clone(), needs, bounds, job: Arc::clone(&job) });
+        self.work = Work::Going(task, job);
+        self.done.extend(done);
     }
 
     fn cancel(&mut self) {
@@ -469,7 +488,11 @@ impl Shell {
             Happening::Trainer(report) => self.take_in_trainer(report)?,
             Happening::Tick => self.tell(Input::Tick),
             Happening::Pulse => self.beat(self.offered),
-            Happening::Stop => self.tell(Input::Stop),
+            Happening::Leisure => self.read_receipts()?,
+            Happening::Stop => {
+                self.read_receipts()?;
+                self.tell(Input::Stop);
+            }
         }
         Ok(())
     }
@@ -513,6 +536,13 @@ impl Shell {
 
     fn said(&mut self, message: ToWorker) -> Result<(), WorkerError> {
         self.hooks.see(|| encode(&message));
+        if let ToWorker::Receipt(signed) = message {
+            self.unread.push_back(signed);
+            return if self.unread.len() > UNREAD_MAX { self.read_receipts() } else { Ok(()) };
+        }
+        if !matches!(message, ToWorker::Assigned(_) | ToWorker::Held { .. } | ToWorker::Go { .. }) {
+            self.read_receipts()?;
+        }
         match &message {
             ToWorker::Welcome(welcome) => {
                 self.receipts.take_if(|log| !log.is_of(welcome.run));
@@ -521,13 +551,19 @@ impl Shell {
             }
             ToWorker::Assigned(assigned) => self.assigned = Some(assigned.clone()),
             ToWorker::GoingAway => self.going_away = true,
-            ToWorker::Receipt(signed) => self.receipted(signed)?,
             ToWorker::Refused { task, refusal } => {
                 self.report.say(&Line::Refused { task: *task, reason: refusal.to_string() });
             }
             _ => {}
         }
         self.tell(Input::Said(message));
+        Ok(())
+    }
+
+    fn read_receipts(&mut self) -> Result<(), WorkerError> {
+        while let Some(signed) = self.unread.pop_front() {
+            self.receipted(&signed)?;
+        }
         Ok(())
     }
 

@@ -4,15 +4,19 @@
 //! the loop never waits for it: orders go in by a channel, and what comes of them is told through a function. A job that
 //! is no longer wanted is cancelled by a flag that training looks at between steps; its steps are counted beside it, for
 //! the beats.
+//!
+//! Waking a thread and being woken by it costs more than the smallest tasks do. So a task is done at once, where it is
+//! ordered, if the thread has nothing to do and the task before it took less than [`BRIEF`].
 
+use std::cell::RefCell;
+use std::fmt;
 use std::io;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use learning::{DataError, Dataset, Network, Note, Schema, Shard, Stopped, Table, TaskKey, norm};
 use protocol::evaluation::Evaluation;
@@ -26,6 +30,9 @@ use protocol::plan::{LearningPlan, Mode};
 use crate::contents::Needs;
 use crate::error::sentence;
 use crate::options::Options;
+
+/// A task is done where it is ordered if the one before it took less: some wake-ups of a thread, and far less than a beat.
+const BRIEF: Duration = Duration::from_micros(300);
 
 /// One order of work: whether it is still wanted, and how far it is.
 #[derive(Debug, Default)]
@@ -104,6 +111,10 @@ enum Errand {
 #[derive(Debug)]
 pub(crate) struct Trainer {
     errands: mpsc::Sender<Errand>,
+    /// Errands that the thread was given and has not done.
+    given: Arc<AtomicUsize>,
+    /// Held by the thread while it does one.
+    desk: Arc<Mutex<Desk>>,
     last: Option<Arc<Job>>,
 }
 
@@ -124,21 +135,47 @@ impl Trainer {
             read: None,
             encoded: None,
             told: Vec::new(),
+            took: Duration::MAX,
         };
-        thread::Builder::new().name("training".to_owned()).spawn(move || desk.run(&queue, &say))?;
-        Ok(Self { errands, last: None })
+        let (desk, given) = (Arc::new(Mutex::new(desk)), Arc::new(AtomicUsize::new(0)));
+        let (theirs, done) = (Arc::clone(&desk), Arc::clone(&given));
+        let train = move || {
+            let _last_words = LastWords(&say);
+            while let Ok(errand) = queue.recv() {
+                // Whoever else held it while it panicked ended the process.
+                let Ok(mut desk) = theirs.lock() else { return };
+                desk.run(errand, &say);
+                done.fetch_sub(1, Ordering::Release);
+            }
+        };
+        thread::Builder::new().name("training".to_owned()).spawn(train)?;
+        Ok(Self { errands, given, desk, last: None })
     }
 
     /// Reads the plan against the data.
     pub(crate) fn consider(&self, welcome: Box<Welcome>) {
-        // A thread that is gone has said so.
-        let _ = self.errands.send(Errand::Consider(welcome));
+        self.give(Errand::Consider(welcome));
     }
 
-    /// Does a task.
-    pub(crate) fn work(&mut self, order: Order) {
+    /// Has a task done. What came of it, if it was done at once.
+    pub(crate) fn work(&mut self, order: Order) -> Vec<FromTrainer> {
         self.last = Some(Arc::clone(&order.job));
-        let _ = self.errands.send(Errand::Work(order));
+        if self.given.load(Ordering::Acquire) == 0
+            && let Ok(mut desk) = self.desk.try_lock()
+            && desk.took < BRIEF
+        {
+            let told = RefCell::new(Vec::new());
+            desk.work(&order, &|report| told.borrow_mut().push(report));
+            return told.into_inner();
+        }
+        self.give(Errand::Work(order));
+        Vec::new()
+    }
+
+    fn give(&self, errand: Errand) {
+        self.given.fetch_add(1, Ordering::Relaxed);
+        // A thread that is gone has said so.
+        let _ = self.errands.send(errand);
     }
 }
 
@@ -163,6 +200,14 @@ struct Desk {
     encoded: Option<Encoded>,
     /// Notes are told once.
     told: Vec<Note>,
+    /// How long the last task took.
+    took: Duration,
+}
+
+impl fmt::Debug for Desk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Desk").field("path", &self.path).finish_non_exhaustive()
+    }
 }
 
 /// The rows as a schema encodes them, and the model that the plan has for them.
@@ -205,17 +250,14 @@ impl From<DataError> for Undone {
 }
 
 impl Desk {
-    fn run(mut self, queue: &mpsc::Receiver<Errand>, say: &dyn Fn(FromTrainer)) {
-        let _last_words = LastWords(say);
-        while let Ok(errand) = queue.recv() {
-            match errand {
-                Errand::Consider(welcome) => {
-                    let verdict = self.consider(welcome, say);
-                    self.tell_notes(say);
-                    say(FromTrainer::Considered(verdict));
-                }
-                Errand::Work(order) => self.work(&order, say),
+    fn run(&mut self, errand: Errand, say: &dyn Fn(FromTrainer)) {
+        match errand {
+            Errand::Consider(welcome) => {
+                let verdict = self.consider(welcome, say);
+                self.tell_notes(say);
+                say(FromTrainer::Considered(verdict));
             }
+            Errand::Work(order) => self.work(&order, say),
         }
     }
 
@@ -268,9 +310,10 @@ impl Desk {
         let task = order.assigned.task;
         let done = if order.job.is_cancelled() { Err(Undone::Cancelled) } else { self.work_of(order) };
         self.tell_notes(say);
+        self.took = began.elapsed();
         match done {
             Ok((mut made, payload)) => {
-                made.metrics.seconds = began.elapsed().as_secs_f64();
+                made.metrics.seconds = self.took.as_secs_f64();
                 say(FromTrainer::Made { task, made: Box::new(made), payload });
             }
             Err(Undone::Cancelled) => {}
