@@ -13,7 +13,7 @@ use protocol::messages::{Assigned, ContentRef};
 use crate::transfer::ContentKind;
 
 /// Streams that wait for their key: as many as the coordinator may have open (`transport::limits::UNI_STREAMS_MAX`).
-const STREAMS_WAITING_MAX: usize = 8;
+const STREAMS_WAITING_MAX: usize = transport::limits::UNI_STREAMS_MAX as usize;
 
 /// Contents of which it is remembered that they are not needed: a few tasks' worth.
 const UNNEEDED_MAX: usize = 16;

@@ -35,8 +35,9 @@ pub const CRYPTO_BUFFER_BYTES: usize = 16 * 1024;
 /// Streams that a worker may have open in both directions: its control stream.
 pub const BIDI_STREAMS_MAX: u32 = 1;
 
-/// Streams that a peer may have open in one direction: downloads or uploads.
-pub const UNI_STREAMS_MAX: u32 = 8;
+/// Streams that a peer may have open in one direction: downloads or uploads. It needs a few; but once an eighth of them
+/// has ended, a packet tells it that it may open others, and with few of them every small round is two such packets more.
+pub const UNI_STREAMS_MAX: u32 = 32;
 
 /// Received bytes that a stream may have unread: 100 ms of a 100 Mbit/s line, rounded down.
 pub const STREAM_RECEIVE_WINDOW_BYTES: u32 = 1 << 20;
@@ -131,6 +132,11 @@ pub const BROADCAST_HEADER_BYTES: usize = 32;
 /// The longest sealed body of a record, in bytes: 64 KiB and the tag.
 pub const RECORD_BODY_BYTES_MAX: usize = 65_536 + 16;
 
+/// Packets that may come before they are acknowledged at once, and not with the next message or after 25 ms. Fewer than
+/// the congestion window has at the beginning, or its sender would wait for nothing.
+pub const UNACKNOWLEDGED_MAX: u32 = 3;
+
+const _: () = assert!(UNACKNOWLEDGED_MAX as u64 * (DATAGRAM_BYTES_MAX as u64) < INITIAL_WINDOW_BYTES);
 const _: () = assert!(BATCH_DATAGRAMS * DATAGRAM_BYTES_MAX as usize <= BATCH_BYTES_MAX);
 const _: () = assert!(KEEP_ALIVE.as_secs() < IDLE_TIMEOUT.as_secs());
 const _: () = assert!(HANDSHAKE_TIMEOUT.as_secs() < IDLE_TIMEOUT.as_secs());

@@ -16,8 +16,8 @@ use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::crypto::{CryptoError, HmacKey};
 use quinn::{
-    Connecting, ConnectionError, EndpointConfig, Incoming, MtuDiscoveryConfig, TokioRuntime, TransportConfig,
-    ValidationTokenConfig, VarInt,
+    AckFrequencyConfig, Connecting, ConnectionError, EndpointConfig, Incoming, MtuDiscoveryConfig, TokioRuntime,
+    TransportConfig, ValidationTokenConfig, VarInt,
 };
 use quinn_proto::HashedConnectionIdGenerator;
 use rustls::pki_types::CertificateDer;
@@ -343,9 +343,17 @@ pub(crate) fn transport_config(bidi_streams_max: u32) -> TransportConfig {
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(None)
         .mtu_discovery_config(Some(path_search()))
+        .ack_frequency_config(Some(acknowledgements()))
         .congestion_controller_factory(Arc::new(congestion))
         .datagram_receive_buffer_size(None)
         .datagram_send_buffer_size(0);
+    config
+}
+
+/// Half of what has to be acknowledged in a small round goes back with the next message.
+fn acknowledgements() -> AckFrequencyConfig {
+    let mut config = AckFrequencyConfig::default();
+    config.ack_eliciting_threshold(VarInt::from_u32(limits::UNACKNOWLEDGED_MAX));
     config
 }
 

@@ -451,8 +451,8 @@ async fn a_peer_opens_no_more_streams_than_it_may() {
     for _ in 0..limits::UNI_STREAMS_MAX {
         held.push(soon(pair.near.connection.open_uni()).await.unwrap());
     }
-    let ninth = tokio::time::timeout(A_MOMENT, pair.near.connection.open_uni()).await;
-    assert!(ninth.is_err(), "the ninth stream must wait");
+    let more = tokio::time::timeout(A_MOMENT, pair.near.connection.open_uni()).await;
+    assert!(more.is_err(), "one more must wait");
     let _control = soon(pair.near.connection.open_control()).await.unwrap();
     let second = tokio::time::timeout(A_MOMENT, pair.near.connection.open_control()).await;
     assert!(second.is_err(), "there is one control stream");

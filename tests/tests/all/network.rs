@@ -781,7 +781,7 @@ fn a_flood_of_words_and_streams_drowns_nobody() {
             streams.push(stream);
         }
         let more = tokio::time::timeout(10 * PACE, talk.connection.open_uni()).await;
-        assert!(more.is_err(), "a ninth stream");
+        assert!(more.is_err(), "one more stream");
     });
     fleet.assert_unharmed();
 }
