@@ -5,10 +5,12 @@
 //! before the first sealed record. Certificate, session key and registry entry must be one worker's, at every
 //! connection.
 
+use std::future::Future as _;
 use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
@@ -27,7 +29,7 @@ use protocol::session::{
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 use transport::{Accepted, Alpn, CloseCode, Connection, Frame, Handshake, RecvStream, SendStream, Server};
 use zeroize::Zeroizing;
 
@@ -54,6 +56,9 @@ const ROOM_ASKED_EVERY: Duration = Duration::from_secs(1);
 
 /// How long what was said last may take to arrive.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
+
+/// How long a receipt, or the word that something is held, waits for something to travel with.
+const UNHURRIED_MAX: Duration = Duration::from_millis(2);
 
 /// Contents that are on their way to one worker. Each keeps its model in memory, so whoever reads none of them is let
 /// go; it may come back and get the newest alone.
@@ -313,7 +318,7 @@ impl Door {
         let mut tasks = JoinSet::new();
         tasks.spawn(peer.clone().read(control, key));
         tasks.spawn(peer.clone().accept_uploads());
-        let speaking = tokio::spawn(peer.clone().speak(send, sealer, queue));
+        let speaking = tokio::spawn(Voice::new(peer.clone(), send, sealer).speak(queue));
         tokio::spawn(peer.watch(tasks, speaking));
     }
 
@@ -709,61 +714,10 @@ impl Peer {
 
     // --- out ---
 
-    /// Says what is to be said, in order, and then goodbye.
-    async fn speak(self, mut send: SendStream, mut sealer: Sealer, mut queue: mpsc::Receiver<Box<Saying>>) {
-        let mut downloads = JoinSet::new();
-        let mut goodbye = (CloseCode::GoingAway, String::new());
-        while let Some(saying) = queue.recv().await {
-            while downloads.try_join_next().is_some() {}
-            let message = match *saying {
-                Saying::Message(message) => message,
-                Saying::Receipt(receipt) => self.signed(&receipt),
-                Saying::Content(_) if downloads.len() >= DOWNLOADS_MAX => {
-                    return self.connection.close(CloseCode::TimedOut, "contents are not read");
-                }
-                Saying::Content(content) => {
-                    downloads.spawn(self.clone().download(content));
-                    continue;
-                }
-                Saying::Close(code, reason) => {
-                    goodbye = (code, reason);
-                    break;
-                }
-            };
-            if self.write(&mut send, &mut sealer, &message).await.is_none() {
-                return;
-            }
-        }
-        let last_words = async {
-            let mut out = Vec::new();
-            if sealer.finish(&mut out).is_ok() && send.write_record(out.into()).await.is_ok() && send.finish().is_ok() {
-                // Whether it arrived makes no difference any more.
-                let _ = send.delivered().await;
-            }
-        };
-        let _ = timeout(GOODBYE_MAX, last_words).await;
-        self.connection.close(goodbye.0, &goodbye.1);
-    }
-
     fn signed(&self, receipt: &Receipt) -> ToWorker {
         let bytes = encode(receipt);
         let signature = sign(RECEIPT_CONTEXT, self.door.identity.signing.signing_key(), &bytes).to_vec();
         ToWorker::Receipt(Signed { bytes, signature })
-    }
-
-    /// None once nothing more can be said.
-    async fn write(&self, send: &mut SendStream, sealer: &mut Sealer, message: &ToWorker) -> Option<()> {
-        let began = Instant::now();
-        let (plaintext, mut out) = (encode(message), Vec::new());
-        if let Err(error) = sealer.seal_message(&plaintext, &mut out) {
-            tracing::warn!(%error, "a control message cannot be sealed");
-            self.connection.close(CloseCode::Internal, "");
-            return None;
-        }
-        self.door.telemetry.metrics.seal_seconds.record(began.elapsed().as_secs_f64());
-        let records = plaintext.len().div_ceil(RECORD_BYTES_MAX).max(1) as u64;
-        self.door.telemetry.passed(Direction::Out, Kind::Control, records, out.len() as u64, plaintext.len() as u64);
-        send.write_record(out.into()).await.ok()
     }
 
     async fn download(self, content: Arc<Content>) {
@@ -789,6 +743,178 @@ impl Peer {
         }
         stream.finish()?;
         Ok(stream.delivered().await?)
+    }
+}
+
+/// What speaks to one worker.
+///
+/// Whatever is to be said at the same time leaves together. That something is held and that there is a receipt for it is
+/// what nobody waits for: it waits for the next thing to be said, at most [`UNHURRIED_MAX`], and receipts are signed when
+/// what came with them has left.
+struct Voice {
+    peer: Peer,
+    send: SendStream,
+    sealer: Sealer,
+    downloads: JoinSet<()>,
+    /// Receipts without their signatures.
+    unsigned: Vec<Receipt>,
+    unhurried: Vec<ToWorker>,
+    /// Since when the first of both waits.
+    since: Instant,
+    /// What is sealed and not written.
+    out: Vec<u8>,
+}
+
+/// That nothing more can or is to be said.
+struct Mute(CloseCode, String);
+
+impl Voice {
+    fn new(peer: Peer, send: SendStream, sealer: Sealer) -> Self {
+        let (unsigned, unhurried, out) = (Vec::new(), Vec::new(), Vec::new());
+        Self { peer, send, sealer, downloads: JoinSet::new(), unsigned, unhurried, since: Instant::now(), out }
+    }
+
+    /// Says what is to be said, in order, and then goodbye.
+    async fn speak(mut self, mut queue: mpsc::Receiver<Box<Saying>>) {
+        let goodbye = loop {
+            if let Err(goodbye) = self.turn(&mut queue).await {
+                break goodbye;
+            }
+            if self.write().await.is_none() {
+                return;
+            }
+            self.sign().await;
+        };
+        let Self { peer, mut send, mut out, sealer, .. } = self;
+        let last_words = async {
+            if sealer.finish(&mut out).is_ok() && send.write_record(out.into()).await.is_ok() && send.finish().is_ok() {
+                // Whether it arrived makes no difference any more.
+                let _ = send.delivered().await;
+            }
+        };
+        let _ = timeout(GOODBYE_MAX, last_words).await;
+        peer.connection.close(goodbye.0, &goodbye.1);
+    }
+
+    /// Seals all that is to be said by now.
+    async fn turn(&mut self, queue: &mut mpsc::Receiver<Box<Saying>>) -> Result<(), Mute> {
+        let mut next = match self.is_patient() {
+            true => queue.recv().await,
+            false => match timeout_at((self.since + UNHURRIED_MAX).into(), queue.recv()).await {
+                Ok(next) => next,
+                Err(_) => return self.hurry(),
+            },
+        };
+        loop {
+            let Some(saying) = next else {
+                self.hurry()?;
+                return Err(Mute(CloseCode::GoingAway, String::new()));
+            };
+            self.take(*saying)?;
+            match queue.try_recv() {
+                Ok(saying) => next = Some(saying),
+                Err(mpsc::error::TryRecvError::Empty) => return Ok(()),
+                Err(mpsc::error::TryRecvError::Disconnected) => next = None,
+            }
+        }
+    }
+
+    /// Whether nothing waits to be said.
+    fn is_patient(&self) -> bool {
+        self.unsigned.is_empty() && self.unhurried.is_empty()
+    }
+
+    fn take(&mut self, saying: Saying) -> Result<(), Mute> {
+        match saying {
+            Saying::Message(message @ ToWorker::Held { .. }) => {
+                self.wait();
+                self.unhurried.push(message);
+                Ok(())
+            }
+            Saying::Receipt(receipt) => {
+                self.wait();
+                self.unsigned.push(receipt);
+                Ok(())
+            }
+            Saying::Message(message @ ToWorker::Assigned(_)) => {
+                let unhurried = std::mem::take(&mut self.unhurried);
+                unhurried.iter().try_for_each(|message| self.seal(message))?;
+                self.seal(&message)
+            }
+            Saying::Message(message) => {
+                self.hurry()?;
+                self.seal(&message)
+            }
+            Saying::Content(content) => self.begin(content),
+            Saying::Close(code, reason) => {
+                self.hurry()?;
+                Err(Mute(code, reason))
+            }
+        }
+    }
+
+    fn wait(&mut self) {
+        if self.is_patient() {
+            self.since = Instant::now();
+        }
+    }
+
+    /// Signs once what was said has left: other tasks run first, and the connection's own is among them.
+    async fn sign(&mut self) {
+        if !self.unsigned.is_empty() {
+            tokio::task::yield_now().await;
+            self.unhurried.extend(self.unsigned.drain(..).map(|receipt| self.peer.signed(&receipt)));
+        }
+    }
+
+    /// Seals what waited, too.
+    fn hurry(&mut self) -> Result<(), Mute> {
+        let receipts: Vec<ToWorker> = self.unsigned.drain(..).map(|receipt| self.peer.signed(&receipt)).collect();
+        let unhurried = std::mem::take(&mut self.unhurried);
+        unhurried.iter().chain(&receipts).try_for_each(|message| self.seal(message))
+    }
+
+    fn seal(&mut self, message: &ToWorker) -> Result<(), Mute> {
+        let began = Instant::now();
+        let (plaintext, before) = (encode(message), self.out.len());
+        if let Err(error) = self.sealer.seal_message(&plaintext, &mut self.out) {
+            tracing::warn!(%error, "a control message cannot be sealed");
+            return Err(self.end(CloseCode::Internal, ""));
+        }
+        let telemetry = &self.peer.door.telemetry;
+        telemetry.metrics.seal_seconds.record(began.elapsed().as_secs_f64());
+        let records = plaintext.len().div_ceil(RECORD_BYTES_MAX).max(1) as u64;
+        let sealed = (self.out.len() - before) as u64;
+        telemetry.passed(Direction::Out, Kind::Control, records, sealed, plaintext.len() as u64);
+        Ok(())
+    }
+
+    /// Ends the connection without a goodbye.
+    fn end(&self, code: CloseCode, reason: &str) -> Mute {
+        self.peer.connection.close(code, reason);
+        Mute(code, reason.to_owned())
+    }
+
+    /// None once nothing more can be said.
+    async fn write(&mut self) -> Option<()> {
+        if self.out.is_empty() {
+            return Some(());
+        }
+        self.send.write_record(std::mem::take(&mut self.out).into()).await.ok()
+    }
+
+    /// Streams a content: what the connection takes at once leaves with what is said next.
+    fn begin(&mut self, content: Arc<Content>) -> Result<(), Mute> {
+        while self.downloads.try_join_next().is_some() {}
+        if self.downloads.len() >= DOWNLOADS_MAX {
+            return Err(self.end(CloseCode::TimedOut, "contents are not read"));
+        }
+        let mut download = Box::pin(self.peer.clone().download(content));
+        if download.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
+            // It is polled again there, by who wakes it.
+            self.downloads.spawn(download);
+        }
+        Ok(())
     }
 }
 
