@@ -997,7 +997,7 @@ mod tests {
     fn what_waits_for_an_idle_worker_is_small() {
         let read = size!(Peer::read, A, B, C);
         let uploads = size!(Peer::accept_uploads, A);
-        let speak = size!(Peer::speak, A, B, C, D);
+        let speak = size!(Voice::speak, A, B);
         let watch = size!(Peer::watch, A, B, C);
         let all = read + uploads + speak + watch;
         assert!(all <= 3 * 1024, "{all} bytes: read {read}, uploads {uploads}, speak {speak}, watch {watch}");

@@ -34,7 +34,7 @@ use crate::registry::Worker;
 use crate::show::{Show, StatusPage};
 use crate::state::StateError;
 use crate::telemetry::{Direction, Kind, Metrics, WorkerState, lossy};
-use crate::workshop::{Content, Done, Job, WorkshopError};
+use crate::workshop::{Content, Done, Job, WorkshopError, WorkshopHandle};
 
 /// How often figures are taken that no event brings.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -108,7 +108,7 @@ pub struct World {
     /// Where connections come in.
     pub door: Arc<Door>,
     /// Tensors and disk.
-    pub workshop: mpsc::UnboundedSender<Job>,
+    pub workshop: WorkshopHandle,
     /// People and programs who look on.
     pub show: Show,
     /// The status page.
@@ -347,7 +347,7 @@ impl Fleet {
                     Effect::Act(act) => self.act(act),
                 }
             }
-            let Some(conn) = self.deaf.pop() else { return };
+            let Some(conn) = self.deaf.pop() else { return self.world.show.flush() };
             self.input(Input::Misbehaved { conn, what: "it does not read".to_owned() });
         }
     }
@@ -372,12 +372,11 @@ impl Fleet {
         }
     }
 
-    /// The workshop says so itself if it is broken; if its thread is gone, the loop is ending.
     fn job(&self, job: Job) {
         if matches!(job, Job::Append(_)) {
             self.world.door.telemetry.metrics.journal_records.increment(1);
         }
-        let _ = self.world.workshop.send(job);
+        self.world.workshop.give(job);
     }
 
     fn act(&mut self, act: Act) {

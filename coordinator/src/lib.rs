@@ -41,7 +41,7 @@ use protocol::layout::from_bytes;
 use protocol::plan::{Durability, LearningPlan, Plan};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use transport::{CloseCode, ResetKeys, Server, ServerOptions, SetupError, Taps, TlsIdentity};
 
 use crate::cli::RunSettings;
@@ -236,7 +236,7 @@ impl Began {
         let (workshop, done) = Workshop::new(plan, store, self.model_dir, schema, state, self.telemetry.clone())?;
         check_model(machine.summary().model, workshop.model())?;
         let schema = workshop.schema();
-        let workshop = workshop.spawn(done)?;
+        let workshop = workshop.spawn()?;
         let spools = Arc::new(Spools { run: path, rows: fresh_spool(self.state.file("spool"))?, durable });
         let sockets = Sockets::bind(&options, &self.state, &self.registrar).await?;
         let Sockets { address, http_address, .. } = sockets;
@@ -251,6 +251,7 @@ impl Began {
             self.show.round(figures);
         }
         self.show.listening(address, http_address, &machine.status());
+        self.show.flush();
         if let Some(listening) = options.listening {
             // A caller that does not wait for it does not mind.
             let _ = listening.send(Bound { address, http: http_address, invitation });
@@ -260,14 +261,42 @@ impl Began {
             watch::channel(StatusPage { address: Some(address), status, figures, ..StatusPage::default() });
         let helpers = Helpers::spawn(sockets, self.registrar, self.telemetry, status)?;
         let exit_when_done = options.settings.exit_when_done;
-        let (door, show, jobs) = (Arc::clone(&helpers.door), self.show, workshop.jobs);
-        let world = World { door, workshop: jobs, show, page, address, spools, schema, exit_when_done };
-        let (inbox, helpers) = helpers.inbox(workshop.done);
-        let outcome = Fleet::new(machine, world).run(inbox, shutdown).await;
+        let (door, show) = (Arc::clone(&helpers.door), self.show);
+        let world = World { door, workshop, show, page, address, spools, schema, exit_when_done };
+        let (inbox, helpers) = helpers.inbox(done);
+        let outcome = lead(Fleet::new(machine, world), inbox, shutdown).await?;
         helpers.end().await;
         // The next start replaces it; a stale one only costs a failed connection.
         let _ = std::fs::remove_file(self.state.file("control.sock"));
         Ok(outcome?)
+    }
+}
+
+/// Runs the event loop as a task among the others: one that is awaited in `block_on` is woken by a system call each time.
+async fn lead(
+    fleet: Fleet,
+    inbox: Inbox,
+    shutdown: impl Future<Output = ()>,
+) -> Result<Result<Outcome, FleetError>, Error> {
+    let (stop, stopped) = oneshot::channel::<()>();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(fleet.run(inbox, async {
+        if stopped.await.is_err() {
+            std::future::pending().await
+        }
+    }));
+    let ended = tokio::select! {
+        ended = tasks.join_next() => ended,
+        () = shutdown => {
+            // A loop that has ended by itself is told nothing.
+            let _ = stop.send(());
+            tasks.join_next().await
+        }
+    };
+    match ended {
+        Some(Ok(outcome)) => Ok(outcome),
+        Some(Err(error)) => Err(std::io::Error::from(error).into()),
+        None => std::future::pending().await,
     }
 }
 
@@ -409,6 +438,7 @@ fn tell_again(show: &mut Show, last: &Summary, model_dir: &Path) {
     if let (Some(evaluation), Some(model)) = (&last.finished, last.model) {
         show.done(last.round, evaluation, model, model_dir);
     }
+    show.flush();
 }
 
 /// Writes the model of a finished run whose process ended between the last commit and the writing.

@@ -1,16 +1,18 @@
 //! `coordinator`: parse, run, exit status.
 
 use std::error::Error as StdError;
+use std::io;
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 use tributary_coordinator::cli::{Cli, state_home};
 use tributary_coordinator::show::{LogWriter, Look};
 use tributary_coordinator::{Options, Outcome, orders, run};
 
-/// Threads of the runtime: one for the event loop, one for everybody else.
-const RUNTIME_THREADS: usize = 2;
+/// Threads of the runtime at most: half of the cores, since the workshop and the compute pool have their own.
+const RUNTIME_THREADS_MAX: usize = 4;
 
 /// Parses what was typed, runs it, and says how it ended.
 pub(crate) fn main() -> ExitCode {
@@ -30,12 +32,10 @@ pub(crate) fn main() -> ExitCode {
     };
     let look = Look::of_stderr(settings.json);
     log_to(look.clone());
-    let json: Option<Box<dyn std::io::Write + Send>> =
-        if settings.json { Some(Box::new(std::io::stdout())) } else { None };
+    let json: Option<Box<dyn io::Write + Send>> = if settings.json { Some(Box::new(io::stdout())) } else { None };
     let default_join = state_home().ok().map(|home| home.join("join"));
     let options = Options { default_join, json, look, ..Options::quiet(settings) };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(RUNTIME_THREADS).enable_all().build();
-    let outcome = match runtime {
+    let outcome = match runtime() {
         Ok(runtime) => {
             let outcome = runtime.block_on(async { run(options, orders::interrupted()?).await });
             // A disk that does not answer must not hold up the end.
@@ -47,6 +47,16 @@ pub(crate) fn main() -> ExitCode {
     match outcome {
         Ok(Outcome::Finished | Outcome::Stopped) => ExitCode::SUCCESS,
         Err(error) => failed(&error, error.exit_status()),
+    }
+}
+
+/// On one thread, what passes between connections and the event loop wakes nobody, which is most of what a small round
+/// takes; with more cores, connections that move much share some.
+fn runtime() -> io::Result<Runtime> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    match (cores / 2).min(RUNTIME_THREADS_MAX) {
+        0 | 1 => Builder::new_current_thread().enable_all().build(),
+        threads => Builder::new_multi_thread().worker_threads(threads).enable_all().build(),
     }
 }
 

@@ -193,7 +193,8 @@ impl Look {
             Self::Silent => {}
             Self::Plain => {
                 // Whoever closed stderr does not want to know.
-                let _ = writeln!(io::stderr().lock(), "{line}");
+                // In one piece, since stderr has no buffer.
+                let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
             }
             Self::Bar(bar) => bar.suspend(|| {
                 let _ = writeln!(io::stderr().lock(), "{line}");
@@ -233,7 +234,7 @@ impl Show {
         if let Look::Bar(bar) = &look {
             bar.set_length(rounds.into());
         }
-        let json = json.map(|out| Lines { out, pending: Vec::new() });
+        let json = json.map(|out| Lines { out, pending: Vec::new(), ripe: 0 });
         Self { json, look, rounds, is_over: false }
     }
 
@@ -242,10 +243,17 @@ impl Show {
         self.look.say(line);
     }
 
-    /// Writes a line for a program.
+    /// A line for a program; it is written by the next [`Self::flush`].
     pub fn line(&mut self, line: &Line<'_>) {
-        let Some(json) = &mut self.json else { return };
-        if json.write(line).is_err() {
+        if let Some(json) = &mut self.json {
+            json.put(line);
+        }
+    }
+
+    /// Writes the lines for a program that came since the last time. Whoever reads them is woken once.
+    pub fn flush(&mut self) {
+        let Some(json) = self.json.as_mut().filter(|json| json.ripe > 0) else { return };
+        if json.write().is_err() {
             self.json = None;
             tracing::warn!("nobody reads the JSON lines any more");
         }
@@ -385,14 +393,21 @@ impl Show {
 /// Lines on their way to a program.
 struct Lines {
     out: Box<dyn Write + Send>,
-    /// What a file on a full disk had no room for.
+    /// What is to be written; more than the newest lines if a file on a full disk had no room for them.
     pending: Vec<u8>,
+    /// Lines that came since it was tried last.
+    ripe: u32,
 }
 
 impl Lines {
-    fn write(&mut self, line: &Line<'_>) -> io::Result<()> {
-        serde_json::to_writer(&mut self.pending, line)?;
+    fn put(&mut self, line: &Line<'_>) {
+        serde_json::to_writer(&mut self.pending, line).expect("a line is JSON, and memory takes it");
         self.pending.push(b'\n');
+        self.ripe += 1;
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        self.ripe = 0;
         match self.drain() {
             Err(error) if is_full(&error) && self.pending.len() <= PENDING_BYTES_MAX => Ok(()),
             drained => drained,
@@ -499,6 +514,8 @@ mod tests {
         let mut show = Show::new(Some(Box::new(captured.clone())), Look::Silent, 30);
         show.round(&figures());
         show.done(3, &figures().evaluation, Hash([1; 32]), Path::new("state/model"));
+        assert!(captured.0.lock().unwrap().is_empty(), "they are written together");
+        show.flush();
         let text = String::from_utf8(captured.0.lock().unwrap().clone()).unwrap();
         let hash = "01".repeat(32);
         let lines: Vec<&str> = text.lines().collect();
@@ -523,6 +540,7 @@ mod tests {
         let captured = Captured::default();
         let mut show = Show::new(Some(Box::new(captured.clone())), Look::Silent, 30);
         show.saw(&Event::Notice(Notice::Waiting { have: 2, need: 3 }));
+        show.flush();
         let text = String::from_utf8(captured.0.lock().unwrap().clone()).unwrap();
         assert_eq!(text, "{\"event\":\"waiting\",\"workers\":2,\"needed\":3}\n");
     }
@@ -540,8 +558,10 @@ mod tests {
         }
         let mut show = Show::new(Some(Box::new(Closed)), Look::Silent, 30);
         show.round(&figures());
+        show.flush();
         assert!(show.json.is_none());
         show.round(&figures());
+        show.flush();
     }
 
     #[test]
@@ -568,11 +588,13 @@ mod tests {
         for room in [7, 0, 1 << 20] {
             disk.0.lock().unwrap().1 = room;
             show.line(&Line::Resumed);
+            show.flush();
         }
         let text = String::from_utf8(disk.0.lock().unwrap().0.clone()).unwrap();
         assert_eq!(text, "{\"event\":\"resumed\"}\n".repeat(3));
         disk.0.lock().unwrap().1 = 0;
         (0..PENDING_BYTES_MAX / 10).for_each(|_| show.line(&Line::Resumed));
+        show.flush();
         assert!(show.json.is_none(), "what waits is bounded");
     }
 

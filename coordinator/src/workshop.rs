@@ -5,6 +5,10 @@
 //! commit. The model exists as raw bytes, and a step changes them where they stand: so at most four models are in memory,
 //! the bytes, the sum (two models wide) and the sealed copy that is streamed.
 //!
+//! To wake a thread and to be woken by it takes longer than all that a small round asks for. So a [`Job`] that is over in
+//! some microseconds and cannot wait for a device is done by whoever gives it ([`WorkshopHandle::give`]), if nothing is
+//! before it; the order stays the same.
+//!
 //! A full disk holds up this thread and nothing else: a [`Job`] that found no room comes back from [`Workshop::work`],
 //! and is done again until there is some.
 
@@ -13,7 +17,9 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -45,6 +51,12 @@ const PIECE_BYTES: usize = 256 * 1024;
 
 /// From so many bytes on a model is sealed by a thread of its own, beside the writing of its commit, which takes longer.
 const SEALED_BESIDE_BYTES: usize = 1 << 20;
+
+/// How long what was done by whoever gave it may wait to be written, so that a sync takes it along.
+const WRITTEN_AFTER: Duration = Duration::from_millis(2);
+
+/// Up to so many bytes of a model or payload are worked on by whoever gives the job: some tens of microseconds.
+const QUICK_BYTES_MAX: u64 = 64 << 10;
 
 /// Something to be done. One at a time, in order.
 #[derive(Debug)]
@@ -207,10 +219,57 @@ impl std::fmt::Debug for Workshop {
 /// How the event loop speaks to the workshop.
 #[derive(Debug)]
 pub struct WorkshopHandle {
-    /// Jobs. Unbounded in type only: the machine asks for one fold a held task, one step a round.
-    pub jobs: mpsc::UnboundedSender<Job>,
-    /// What came of them.
-    pub done: mpsc::UnboundedReceiver<Done>,
+    /// Jobs for its thread. Unbounded in type only: the machine asks for one fold a held task, one step a round.
+    jobs: Sender<Errand>,
+    queue: Arc<Queue>,
+}
+
+/// What the thread and whoever gives it jobs share.
+#[derive(Debug)]
+struct Queue {
+    /// Held by the thread while it works.
+    workshop: Mutex<Workshop>,
+    /// Jobs that the thread was given and has not done.
+    given: AtomicUsize,
+    /// The thread was asked to write what was collected, and has not done it.
+    will_write: AtomicBool,
+}
+
+/// What the thread is asked for.
+#[derive(Debug)]
+enum Errand {
+    Do(Job),
+    /// Write what is collected, in a while.
+    Write,
+}
+
+impl WorkshopHandle {
+    /// Has a job done, after all that were given before. [`Done`] says what came of it.
+    pub fn give(&self, job: Job) {
+        let Some(job) = self.do_here(job) else { return };
+        self.queue.given.fetch_add(1, Ordering::Relaxed);
+        // The workshop says so itself if it is broken; if its thread is gone, the loop is ending.
+        let _ = self.jobs.send(Errand::Do(job));
+    }
+
+    /// Does a quick job that nothing is before; else it comes back.
+    fn do_here(&self, job: Job) -> Option<Job> {
+        if self.queue.given.load(Ordering::Acquire) > 0 {
+            return Some(job);
+        }
+        let Ok(mut workshop) = self.queue.workshop.try_lock() else { return Some(job) };
+        if !workshop.is_quick(&job) {
+            return Some(job);
+        }
+        let again = workshop.work(job).unwrap_or_else(|error| {
+            workshop.say(Done::Broken(error));
+            None
+        });
+        if workshop.store.is_waiting() && !self.queue.will_write.swap(true, Ordering::Relaxed) {
+            let _ = self.jobs.send(Errand::Write);
+        }
+        again
+    }
 }
 
 impl Workshop {
@@ -261,24 +320,18 @@ impl Workshop {
         self.model_hash
     }
 
-    /// Moves the workshop to a thread of its own. It ends when the last job's sender is dropped.
+    /// Gives the workshop a thread of its own. It ends when the handle is dropped, and all is done.
     ///
     /// # Errors
     /// If the operating system gives no thread.
-    pub fn spawn(mut self, done: mpsc::UnboundedReceiver<Done>) -> io::Result<WorkshopHandle> {
-        let (jobs, mut queue) = mpsc::unbounded_channel();
-        thread::Builder::new().name("workshop".to_owned()).spawn(move || {
-            self.begin().unwrap_or_else(|error| self.say(Done::Broken(error)));
-            while let Some(job) = queue.blocking_recv() {
-                if self.persist(job).is_break() {
-                    return;
-                }
-                if queue.is_empty() {
-                    self.flush().unwrap_or_else(|error| self.say(Done::Broken(error)));
-                }
-            }
-        })?;
-        Ok(WorkshopHandle { jobs, done })
+    pub fn spawn(self) -> io::Result<WorkshopHandle> {
+        let (jobs, errands) = channel();
+        // The first thing to be done is to begin.
+        let (workshop, given, will_write) = (Mutex::new(self), AtomicUsize::new(1), AtomicBool::new(false));
+        let queue = Arc::new(Queue { workshop, given, will_write });
+        let theirs = Arc::clone(&queue);
+        thread::Builder::new().name("workshop".to_owned()).spawn(move || theirs.serve(&errands))?;
+        Ok(WorkshopHandle { jobs, queue })
     }
 
     /// Seals what was saved, so that it can be streamed.
@@ -289,6 +342,20 @@ impl Workshop {
         self.seal_all()?;
         self.say(Done::Ready);
         Ok(())
+    }
+
+    /// Whether a job is over in some microseconds, and neither syncs nor reads nor writes a file.
+    fn is_quick(&self, job: &Job) -> bool {
+        let is_small = self.model.len() as u64 <= QUICK_BYTES_MAX;
+        match job {
+            Job::Append(event) => is_small && self.store.is_quick(event),
+            Job::Keep(_, _, payload) => payload.part().is_none(),
+            Job::Fold(task, ..) => is_small && matches!(self.payloads.get(task), Some(Kept::Here(_))),
+            Job::Step(..) => is_small,
+            Job::Sync(_) => is_small && self.store.syncs_at_once(),
+            Job::Forget(..) => true,
+            Job::Merge(_) | Job::Train(..) | Job::Finish(_) => false,
+        }
     }
 
     /// Does a job, however long there is no room for it. Once the loop has ended nobody waits for room any more, and
@@ -379,6 +446,10 @@ impl Workshop {
             Err(error) if !error.is_full() => Err(error.into()),
             _ => Ok(()),
         }
+    }
+
+    fn write(&mut self) {
+        self.flush().unwrap_or_else(|error| self.say(Done::Broken(error)));
     }
 
     // --- payloads ---
@@ -709,6 +780,47 @@ fn sealed(telemetry: &Telemetry, kind: Kind, hash: Hash, plaintext: &[u8]) -> Re
     Ok(content)
 }
 
+impl Queue {
+    fn begin(&self) {
+        if let Ok(mut workshop) = self.workshop.lock() {
+            workshop.begin().unwrap_or_else(|error| workshop.say(Done::Broken(error)));
+        }
+        self.given.fetch_sub(1, Ordering::Release);
+    }
+
+    /// Does what is asked for until nobody can ask any more.
+    fn serve(&self, errands: &Receiver<Errand>) {
+        let mut write_at: Option<Instant> = None;
+        self.begin();
+        loop {
+            let next = match write_at {
+                None => errands.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(at) => errands.recv_timeout(at.saturating_duration_since(Instant::now())),
+            };
+            // Whoever held it while it panicked ended the process.
+            let Ok(mut workshop) = self.workshop.lock() else { return };
+            match next {
+                Ok(Errand::Write) => write_at = Some(Instant::now() + WRITTEN_AFTER),
+                Ok(Errand::Do(job)) => {
+                    if workshop.persist(job).is_break() {
+                        return;
+                    }
+                    // More may be given by now, which is written with it.
+                    if self.given.fetch_sub(1, Ordering::Release) == 1 {
+                        workshop.write();
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    write_at = None;
+                    self.will_write.store(false, Ordering::Relaxed);
+                    workshop.write();
+                }
+                Err(RecvTimeoutError::Disconnected) => return workshop.write(),
+            }
+        }
+    }
+}
+
 /// A payload that is waited with.
 #[derive(Debug)]
 enum Kept {
@@ -1023,6 +1135,34 @@ mod tests {
             (first, bench.step(&[4]))
         };
         assert_eq!(model([0, 1, 2]), model([2, 0, 1]));
+    }
+
+    #[test]
+    fn a_quick_job_is_done_where_it_is_given_and_after_what_was_given_before_it() {
+        let mut bench = bench();
+        bench.freeze();
+        let (first, second) = (bench.hold(1, 0.5, 3), bench.hold(2, 0.25, 3));
+        let Bench { home: _home, workshop, mut done } = bench;
+        let handle = workshop.spawn().unwrap();
+        while !matches!(done.blocking_recv().unwrap(), Done::Ready) {}
+        while handle.queue.given.load(Ordering::Acquire) > 0 {
+            std::thread::yield_now();
+        }
+        let is_folded =
+            |done: &Done, task| matches!(done, Done::Learned(Input::Folded { task: t }) if *t == TaskId(task));
+        handle.give(Job::Fold(TaskId(1), first, 3));
+        assert!(std::iter::from_fn(|| done.try_recv().ok()).any(|done| is_folded(&done, 1)), "it is done by now");
+        // Writing the model takes the disk, and what is given meanwhile waits for it.
+        handle.give(Job::Finish(EvaluationSummary::default()));
+        handle.give(Job::Fold(TaskId(2), second, 3));
+        let mut written = false;
+        while let Some(told) = done.blocking_recv() {
+            written |= matches!(told, Done::Written(_));
+            if is_folded(&told, 2) {
+                break;
+            }
+        }
+        assert!(written, "what was given first is done first");
     }
 
     #[test]

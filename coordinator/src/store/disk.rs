@@ -53,6 +53,11 @@ pub trait Disk: Send {
     /// What the operating system says.
     fn rename(&mut self, from: &str, to: &str) -> io::Result<()>;
 
+    /// Whether there is no device to wait for: a sync returns at once.
+    fn is_in_memory(&self) -> bool {
+        false
+    }
+
     /// Removes a file. After a crash it may be there again.
     ///
     /// # Errors
@@ -71,6 +76,7 @@ pub struct RealDisk {
     fresh: BTreeSet<String>,
     /// The directory was synced by this process: before, a name may be one that a killed process never made durable.
     is_known: bool,
+    in_memory: bool,
 }
 
 impl RealDisk {
@@ -80,8 +86,8 @@ impl RealDisk {
     /// If it cannot be opened.
     pub fn new(path: &Path) -> io::Result<Self> {
         let directory = File::open(path)?;
-        let (handles, fresh) = (BTreeMap::new(), BTreeSet::new());
-        Ok(Self { path: path.to_owned(), directory, handles, fresh, is_known: false })
+        let (handles, fresh, in_memory) = (BTreeMap::new(), BTreeSet::new(), is_in_memory(&directory));
+        Ok(Self { path: path.to_owned(), directory, handles, fresh, is_known: false, in_memory })
     }
 
     fn handle(&mut self, name: &str) -> io::Result<&mut File> {
@@ -114,6 +120,17 @@ impl RealDisk {
         }
         Err(io::Error::other("the state directory was removed under the running coordinator"))
     }
+}
+
+/// Whether a directory is on a file system that has no device; where nobody can tell, it has one.
+fn is_in_memory(directory: &File) -> bool {
+    /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of statfs(2).
+    #[cfg(target_os = "linux")]
+    const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
+    #[cfg(target_os = "linux")]
+    return rustix::fs::fstatfs(directory).is_ok_and(|system| IN_MEMORY.contains(&i64::from(system.f_type)));
+    #[cfg(not(target_os = "linux"))]
+    return false;
 }
 
 impl Disk for RealDisk {
@@ -175,6 +192,10 @@ impl Disk for RealDisk {
         self.fresh.remove(from);
         self.fresh.insert(to.to_owned());
         Ok(())
+    }
+
+    fn is_in_memory(&self) -> bool {
+        self.in_memory
     }
 
     fn remove(&mut self, name: &str) -> io::Result<()> {

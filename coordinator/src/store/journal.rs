@@ -227,6 +227,12 @@ impl Journal {
         !self.buffer.is_empty()
     }
 
+    /// Whether a record can be taken in before anything is written.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.buffer.len() < BUFFER_BYTES
+    }
+
     /// Takes in a record. It is written at the next flush, and durable after the next sync. Where the attachment is,
     /// if there is one.
     ///

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use protocol::federation::Event;
 use protocol::ids::{Hash, RunId, TaskId};
 use protocol::layout::model_hasher;
-use protocol::limits::{MODEL_BYTES_MAX, SCHEMA_BYTES_MAX};
+use protocol::limits::{MODEL_BYTES_MAX, PAYLOAD_AT_ONCE_BYTES_MAX, SCHEMA_BYTES_MAX};
 
 use super::StoreError;
 use super::disk::{ASIDE, Disk, read_whole, write_aside};
@@ -113,6 +113,8 @@ pub struct RunStore {
     commit_unsynced: bool,
     /// Something may be replaced by what the next sync makes durable.
     replaces: bool,
+    /// Models and payloads are there, or may be, in files of their own, which will be over some day.
+    litter: bool,
     /// The lowest part that has attachments to be stripped.
     unstripped: u64,
     /// What the files had when they were last looked at, without the journal's last part.
@@ -176,6 +178,7 @@ impl RunStore {
             commit_waits: false,
             commit_unsynced: false,
             replaces: false,
+            litter: true,
             unstripped,
             others: 0,
         };
@@ -202,6 +205,26 @@ impl RunStore {
                 self.commit(event, state)
             }
         }
+    }
+
+    /// Whether a fact whose model, if it makes one, goes beside its record is taken in without a file being touched.
+    #[must_use]
+    pub fn is_quick(&self, event: &Event) -> bool {
+        let begins_a_file = matches!(event, Event::Surveyed { .. })
+            || event.makes_model() && self.journal.length() > self.limits.part_bytes;
+        self.journal.has_room() && !begins_a_file
+    }
+
+    /// Whether a sync neither waits for a device nor rewrites anything.
+    #[must_use]
+    pub fn syncs_at_once(&self) -> bool {
+        self.disk.is_in_memory() && self.kept.is_empty() && self.unstripped + 2 > self.journal.part()
+    }
+
+    /// Whether something is appended and not written.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        self.journal.is_waiting()
     }
 
     /// Writes what was appended; it survives the end of the process.
@@ -240,7 +263,10 @@ impl RunStore {
             let open = &self.index.open;
             self.kept.retain(|task, _| open.contains(task));
             self.strip_old_parts()?;
-            self.tidy()?;
+            // Of a round whose model and payloads stand in the journal nothing is left: no need to look.
+            if self.litter {
+                self.tidy()?;
+            }
         }
         Ok(bytes)
     }
@@ -255,6 +281,7 @@ impl RunStore {
         self.disk.rename(part, &name).map_err(StoreError::io(part, "rename"))?;
         crash::point("payload.after");
         self.kept.insert(task, name);
+        self.litter = true;
         Ok(())
     }
 
@@ -300,6 +327,12 @@ impl RunStore {
         let payload = protocol::messages::encode(event);
         let place = self.journal.append(self.disk.as_mut(), FACT, &payload, attachment)?;
         self.replaces |= self.index.take_in(event, place);
+        // A large payload came as a file, and so, before they were stopped, did those that are not held.
+        self.litter |= match event {
+            Event::Held { update, .. } => update.bytes > PAYLOAD_AT_ONCE_BYTES_MAX,
+            Event::Assigned { .. } | Event::Opened { .. } | Event::Closed { .. } | Event::Committed { .. } => false,
+            _ => true,
+        };
         self.commit_waits |= event.is_commit();
         Ok(())
     }
@@ -309,6 +342,7 @@ impl RunStore {
         let (round, hash) = self.index.model_of(event).expect("only what makes a model comes with one");
         let is_large = state.model.len() + state.server.len() + 8 > self.limits.attached_bytes;
         let is_part_full = self.journal.length() > self.limits.part_bytes;
+        self.litter |= is_large || is_part_full;
         // Both make the journal durable, and with it facts of which these payloads are the matter.
         if is_large || is_part_full {
             self.sync_payloads()?;
@@ -387,12 +421,13 @@ impl RunStore {
         let files = self.disk.list().map_err(StoreError::io("the run's directory", "list"))?;
         let journal = self.journal.file();
         let oldest = self.index.oldest_kept();
-        self.others = 0;
+        (self.others, self.litter) = (0, false);
         for (name, bytes) in files {
             if self.is_over(&name, oldest) {
                 self.disk.remove(&name).map_err(StoreError::io(&name, "remove"))?;
             } else if name != journal {
                 self.others += bytes;
+                self.litter |= ["model-", "payload-"].iter().any(|prefix| name.starts_with(prefix));
             }
         }
         Ok(())
@@ -514,7 +549,10 @@ impl Index {
         {
             self.models.insert(round, Standing { hash, place });
             let oldest = self.oldest_kept();
-            self.models.retain(|round, model| *round >= oldest || model.place.is_some());
+            // Those before were looked at when they were the oldest.
+            while let Some((&round, Standing { place: None, .. })) = self.models.range(..oldest).next_back() {
+                self.models.remove(&round);
+            }
         }
         match event {
             Event::Assigned { task, .. } => {
