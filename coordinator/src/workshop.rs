@@ -1146,7 +1146,7 @@ mod tests {
         let handle = workshop.spawn().unwrap();
         while !matches!(done.blocking_recv().unwrap(), Done::Ready) {}
         while handle.queue.given.load(Ordering::Acquire) > 0 {
-            std::thread::yield_now();
+            thread::yield_now();
         }
         let is_folded =
             |done: &Done, task| matches!(done, Done::Learned(Input::Folded { task: t }) if *t == TaskId(task));

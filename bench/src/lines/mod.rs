@@ -1,15 +1,16 @@
 //! The lines of the table, each in a module of its own.
 
+mod bulk;
 mod csv;
+mod echo;
 mod fold;
 mod growth;
 mod idle;
 pub(crate) mod mnist;
-mod start;
-mod bulk;
-pub(crate) mod mnist;
 mod model;
+mod rounds;
 mod session;
+mod start;
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -70,6 +71,7 @@ impl Line {
             Self::Model => model::measure(bench, report),
             Self::Bulk => bulk::measure(bench, report),
             Self::Session => session::measure(bench, report),
+            Self::Round => rounds::measure(bench, report),
             Self::Mnist => mnist::measure(bench, report),
             Self::Idle => idle::measure(bench, report),
             Self::Growth => growth::measure(bench, report),
