@@ -8,6 +8,8 @@ use std::fs::OpenOptions;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{SendError, channel};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -171,7 +173,8 @@ impl Sides {
         format!(
             "a round takes {} µs of processor time in {} processes ({} the coordinator, {} each worker), on {cores} cores \
              no less than {} µs of a clock's; {} µs of them are the {} Ed25519 signatures of manifests and receipts, \
-             made and verified, as timed alone; the same messages with bare QUIC take {} µs",
+             made and verified, as timed alone; the same messages with bare QUIC take {} µs; to wake a sleeping thread takes \
+             {} µs, which a datagram does to its receiver, and a sync on disk twice",
             us(all),
             self.workers + 1,
             us(coordinator / rounds.max(1.0)),
@@ -180,6 +183,7 @@ impl Sides {
             us(signatures),
             2 * self.workers,
             us(echo.median()),
+            us(wake_seconds()),
         )
     }
 }
@@ -225,6 +229,22 @@ fn signature_seconds() -> (f64, f64) {
     };
     let made = median(&|| sign(MANIFEST_CONTEXT, &key, &bytes) == signature);
     (made, median(&|| verify(MANIFEST_CONTEXT, &public, &bytes, &signature).is_ok()))
+}
+
+/// Seconds from a message to a thread that sleeps until it has it: half of what it takes there and back.
+fn wake_seconds() -> f64 {
+    let (ask, asked) = channel::<()>();
+    let (answer, answers) = channel();
+    thread::spawn(move || asked.iter().try_for_each(|()| answer.send(())));
+    let mut seconds = Samples::default();
+    for _ in 0..500 {
+        let began = Instant::now();
+        if ask.send(()).and_then(|()| answers.recv().map_err(|_| SendError(()))).is_err() {
+            break;
+        }
+        seconds.add_time(began.elapsed() / 2);
+    }
+    seconds.median()
 }
 
 /// Seconds of processor time.

@@ -128,7 +128,7 @@ fn is_in_memory(directory: &File) -> bool {
     #[cfg(target_os = "linux")]
     const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
     #[cfg(target_os = "linux")]
-    return rustix::fs::fstatfs(directory).is_ok_and(|system| IN_MEMORY.contains(&i64::from(system.f_type)));
+    return rustix::fs::fstatfs(directory).is_ok_and(|system| IN_MEMORY.contains(&system.f_type));
     #[cfg(not(target_os = "linux"))]
     return false;
 }
