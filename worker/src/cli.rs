@@ -52,7 +52,7 @@ struct RunArgs {
     /// What this file calls the label column, if the fleet calls it something else
     #[arg(long, value_name = "COLUMN", env = "TRIBUTARY_LABEL")]
     label: Option<String>,
-    /// Threads that train; with more than one, small models train slower
+    /// Threads that share a training step, where it has work for more than one
     #[arg(long, value_name = "N", default_value_t = 1, env = "TRIBUTARY_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: u16,
     /// Let encoded training rows leave this machine, for a run of mode "central"
@@ -176,6 +176,7 @@ fn options(args: RunArgs, report: Report) -> Result<Options, WorkerError> {
         label: args.label,
         share_rows: args.share_rows,
         min_count: args.min_count,
+        threads: usize::from(args.threads),
         report,
         ..Options::new(data, state, home.join("join"))
     })

@@ -31,6 +31,8 @@ pub struct Options {
     pub share_rows: bool,
     /// Categories that fewer rows have are not named.
     pub min_count: u64,
+    /// How many threads may share a training step.
+    pub threads: usize,
     /// Who hears what happens.
     pub report: Report,
     /// Where tests look in.
@@ -50,6 +52,7 @@ impl Options {
             label: None,
             share_rows: false,
             min_count: learning::MIN_COUNT,
+            threads: 1,
             report: Report::silent(),
             hooks: Hooks::default(),
         }

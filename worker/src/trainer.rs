@@ -130,6 +130,7 @@ impl Trainer {
             path: options.data,
             own_label: options.label,
             min_count: options.min_count,
+            threads: options.threads,
             share_rows: options.share_rows,
             table: Some(table),
             read: None,
@@ -192,6 +193,7 @@ struct Desk {
     path: PathBuf,
     own_label: Option<String>,
     min_count: u64,
+    threads: usize,
     share_rows: bool,
     /// The file as it was read first; another plan reads it anew.
     table: Option<Table>,
@@ -343,13 +345,13 @@ impl Desk {
     /// The schema, and the rows as it encodes them; done once a schema.
     fn encode(&mut self, needs: &Needs) -> Result<&Encoded, Undone> {
         let bytes = needs.schema.as_deref().unwrap_or_default();
-        let hash = Hash::of(bytes);
+        let (hash, threads) = (Hash::of(bytes), self.threads);
         if self.encoded.as_ref().is_none_or(|encoded| encoded.hash != hash) {
             let schema = Schema::from_bytes(bytes).map_err(|error| Undone::Unfit(sentence(&error)))?;
             let Read { welcome, data } = self.current()?;
             let shard = data.encode(&schema)?;
             let network = Network::new(&welcome.learning.model, &schema);
-            let network = network.map_err(|error| Undone::Unfit(sentence(&error)))?;
+            let network = network.map_err(|error| Undone::Unfit(sentence(&error)))?.with_threads(threads);
             self.encoded = Some(Encoded { hash, schema, shard, network });
         }
         self.encoded.as_ref().ok_or(Undone::Cancelled)

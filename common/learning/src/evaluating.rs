@@ -41,9 +41,11 @@ impl Network {
     /// Calls `with` for each of `rows` and its outputs.
     fn each_output(&self, weights: &[f32], rows: &Rows, mut with: impl FnMut(usize, &[f32])) {
         let all: Vec<usize> = (0..rows.len()).collect();
-        let mut stepper = self.stepper(weights, rows.len(), false);
+        let mut stepper = self.stepper(weights, rows.len(), false, 1);
         for picked in all.chunks(PASS_ROWS_MAX) {
-            picked.iter().zip(stepper.outputs(rows, picked)).for_each(|(&row, outputs)| with(row, outputs));
+            let outputs = stepper.outputs(rows, picked);
+            let width = outputs.len() / picked.len();
+            picked.iter().zip(outputs.chunks_exact(width)).for_each(|(&row, outputs)| with(row, outputs));
         }
     }
 }

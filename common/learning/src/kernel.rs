@@ -10,6 +10,8 @@
 //! threads share them, nor on how wide the CPU's vectors are, if only it fuses.
 
 use pulp::{Arch, Scalar512b, Simd, WithSimd, bytemuck};
+#[cfg(target_arch = "x86_64")]
+use pulp::{NullaryFnOnce, x86::V4};
 
 /// Columns of a panel; the last one of a matrix has half of them if they are enough.
 pub(crate) const PANEL: usize = 32;
@@ -79,7 +81,7 @@ pub(crate) enum Then<'a> {
 }
 
 /// What becomes of a gradient `g`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Rule {
     /// `w ← w - rate·g`
     Descend {
@@ -93,6 +95,13 @@ pub(crate) enum Rule {
         /// The learning rate.
         rate: Option<f32>,
     },
+}
+
+impl Rule {
+    /// Whether it changes weights.
+    pub(crate) fn steps(self) -> bool {
+        matches!(self, Self::Descend { .. } | Self::Gather { rate: Some(_), .. })
+    }
 }
 
 impl Aligned {
@@ -318,6 +327,33 @@ impl<T: Tile, const ROWS: usize, const WHOLE: bool> Run<'_, T, ROWS, WHOLE> {
     }
 }
 
+/// Does nothing but fused multiply-adds in registers, in 16 chains, each `turns` long: what products of matrices cannot
+/// be faster than. Says how many multiplications and additions that were, and something that rests on all of them.
+#[must_use]
+pub fn fused_multiply_adds(turns: u64) -> (u64, f32) {
+    struct Chains {
+        turns: u64,
+        factor: f32,
+    }
+    impl WithSimd for Chains {
+        type Output = (u64, f32);
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> (u64, f32) {
+            let mut sums = [simd.splat_f32s(1.0); 16];
+            let (factor, term) = (simd.splat_f32s(self.factor), simd.splat_f32s(1.0 - self.factor));
+            for _ in 0..self.turns {
+                for sum in &mut sums {
+                    *sum = simd.mul_add_e_f32s(*sum, factor, term);
+                }
+            }
+            let sum = sums.into_iter().fold(simd.splat_f32s(0.0), |all, sum| simd.add_f32s(all, sum));
+            (self.turns * 32 * S::F32_LANES as u64, simd.reduce_sum_f32s(sum))
+        }
+    }
+    Arch::new().dispatch(Chains { turns, factor: std::hint::black_box(0.999) })
+}
+
 struct Product<'a> {
     from: &'a Matrix,
     parts: &'a [(usize, &'a Panels)],
@@ -450,12 +486,73 @@ impl Tile for Step<'_> {
     }
 }
 
-/// `to[column][row] ← from[row][column]`: rows of `from` are `stride` apart, those of `to` are `to_stride` apart. `from` has
-/// as many rows as it is long.
+/// `to[column][row] ← from[row][column]`: the rows of `from` are `stride` apart, those of `to` are `to_stride` apart, and
+/// `from` has as many as it is long.
 fn transpose(from: &[f32], stride: usize, columns: usize, to: &mut [f32], to_stride: usize) {
-    for (row, from) in from.chunks_exact(stride.max(1)).enumerate() {
-        for (column, value) in from[..columns].iter().enumerate() {
-            to[column * to_stride + row] = *value;
+    if stride == 0 {
+        return;
+    }
+    let (arch, rows) = (Arch::new(), from.len() / stride);
+    for row in (0..rows).step_by(BLOCK) {
+        for column in (0..columns).step_by(BLOCK) {
+            let (height, width) = (BLOCK.min(rows - row), BLOCK.min(columns - column));
+            let (from, to) = (&from[row * stride + column..], &mut to[column * to_stride + row..]);
+            match arch {
+                #[cfg(target_arch = "x86_64")]
+                Arch::V4(simd) if height == BLOCK && width == BLOCK => {
+                    simd.vectorize(Transpose { simd, from, stride, to, to_stride });
+                }
+                _ => transpose_block(from, stride, height, width, to, to_stride),
+            }
+        }
+    }
+}
+
+/// Rows and columns that are transposed at once: a cache line each.
+const BLOCK: usize = LINE;
+
+fn transpose_block(from: &[f32], stride: usize, rows: usize, columns: usize, to: &mut [f32], to_stride: usize) {
+    for column in 0..columns {
+        for (row, to) in to[column * to_stride..][..rows].iter_mut().enumerate() {
+            *to = from[row * stride + column];
+        }
+    }
+}
+
+/// A whole block. To shuffle row `i` with row `i + 8` so that their cells alternate, four times over, transposes 16 rows.
+#[cfg(target_arch = "x86_64")]
+struct Transpose<'a> {
+    simd: V4,
+    from: &'a [f32],
+    stride: usize,
+    to: &'a mut [f32],
+    to_stride: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl NullaryFnOnce for Transpose<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        const LOW: [u32; BLOCK] = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23];
+        const HIGH: [u32; BLOCK] = [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31];
+        let avx512 = self.simd.avx512f;
+        let (low, high) = (bytemuck::cast(LOW), bytemuck::cast(HIGH));
+        let mut rows = [self.simd.splat_f32x16(0.0); BLOCK];
+        for (row, from) in rows.iter_mut().zip(self.from.chunks(self.stride)) {
+            *row = bytemuck::pod_read_unaligned(bytemuck::cast_slice(&from[..BLOCK]));
+        }
+        for _ in 0..4 {
+            let before = rows;
+            for at in 0..BLOCK / 2 {
+                let (upper, lower) = (bytemuck::cast(before[at]), bytemuck::cast(before[at + BLOCK / 2]));
+                rows[2 * at] = bytemuck::cast(avx512._mm512_permutex2var_ps(upper, low, lower));
+                rows[2 * at + 1] = bytemuck::cast(avx512._mm512_permutex2var_ps(upper, high, lower));
+            }
+        }
+        for (row, to) in rows.iter().zip(self.to.chunks_mut(self.to_stride)) {
+            to[..BLOCK].copy_from_slice(bytemuck::cast_slice(std::slice::from_ref(row)));
         }
     }
 }

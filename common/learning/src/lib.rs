@@ -28,6 +28,7 @@ pub use dataset::{Dataset, Note};
 pub use encoding::{Rows, RowsError, Shard};
 pub use error::DataError;
 pub use idx::{IdxFault, data_files};
+pub use kernel::fused_multiply_adds;
 pub use network::Network;
 pub use predicting::PredictError;
 pub use saved::{DESCRIPTION_FILE, ModelError, SavedModel, WEIGHTS_FILE};

@@ -23,6 +23,8 @@ pub struct Network {
     classes: bool,
     /// Whether training starts from zero: right for a convex loss, and for nothing else.
     from_zero: bool,
+    /// How many threads may share a step.
+    pub(crate) threads: usize,
 }
 
 /// The shape of one layer.
@@ -50,7 +52,14 @@ impl Network {
         }
         let layout = Layout::new(layers.iter().enumerate().flat_map(|(at, layer)| layer.tensors(at)).collect())?;
         let from_zero = matches!(spec, ModelSpec::Linear);
-        Ok(Self { layers, layout, classes: schema.classes().is_some(), from_zero })
+        Ok(Self { layers, layout, classes: schema.classes().is_some(), from_zero, threads: 1 })
+    }
+
+    /// The same network, whose training may take up to `threads` threads. It takes more than one only where a step has
+    /// enough work to share, and gives the same bits whatever their number.
+    #[must_use]
+    pub fn with_threads(self, threads: usize) -> Self {
+        Self { threads: threads.max(1), ..self }
     }
 
     /// Names and shapes of the weights, and their order.
@@ -81,10 +90,10 @@ impl Network {
         self.layers.first().map_or(0, |layer| layer.inputs)
     }
 
-    /// What takes rows through this network with `weights`, at most `rows` in a batch; `gather` if more is asked of it than
-    /// outputs and single steps of plain descent.
-    pub(crate) fn stepper(&self, weights: &[f32], rows: usize, gather: bool) -> Stepper {
-        Stepper::new(&self.layers, self.classes, weights, rows, gather)
+    /// What takes rows through this network with `weights`, at most `rows` in a batch, by up to `threads` threads; `gather` if
+    /// more is asked of it than outputs and single steps of plain descent.
+    pub(crate) fn stepper(&self, weights: &[f32], rows: usize, gather: bool, threads: usize) -> Stepper {
+        Stepper::new(&self.layers, self.classes, weights, rows, gather, threads)
     }
 
     /// The mean gradient over the `picked` rows, by candle's autograd: what training is held against, and some ten times
@@ -159,6 +168,11 @@ impl Network {
 const SHAPES: &str = "every shape follows from the layout and the schema";
 
 impl Layer {
+    /// How many weights it has, the bias among them.
+    pub(crate) fn weights(self) -> usize {
+        self.outputs * (self.inputs + 1)
+    }
+
     fn tensors(&self, at: usize) -> [TensorSpec; 2] {
         let width = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let (inputs, outputs) = (width(self.inputs), width(self.outputs));

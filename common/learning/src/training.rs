@@ -12,7 +12,7 @@ use protocol::plan::{BatchSize, TrainSpec};
 use crate::encoding::Rows;
 use crate::kernel::Rule;
 use crate::network::{Network, to_f64};
-use crate::stepper::{PASS_ROWS_MAX, Stepper};
+use crate::stepper::{Crew, PASS_ROWS_MAX};
 
 /// Whose task it is: the key of its draws.
 #[derive(Clone, Copy, Debug)]
@@ -94,19 +94,22 @@ impl Network {
         let mut draw = Draw::new(spec.seed, "order of training rows", key.round, key.name);
         let batch_rows = batch_rows(spec, rows);
         let sgd = Sgd::new(spec, batch_rows);
-        let mut stepper = self.stepper(start, batch_rows, sgd.gathers);
+        let stepper = self.stepper(start, batch_rows, sgd.gathers, self.threads);
         let (mut steps, mut passes, mut loss_sum) = (0, 0, 0.0);
-        for _ in 0..spec.local_epochs {
-            draw.shuffle(&mut order);
-            for batch in order.chunks(batch_rows) {
-                let loss = over_parts(&mut stepper, rows, batch, |part| sgd.rule(part), &mut passes, on_pass)?;
-                if !loss.is_finite() {
-                    return Err(Stopped::NotFinite { steps });
+        stepper.with_crew(rows, |crew| {
+            for _ in 0..spec.local_epochs {
+                draw.shuffle(&mut order);
+                for batch in order.chunks(batch_rows) {
+                    let loss = over_parts(crew, batch, |part| sgd.rule(part), &mut passes, on_pass)?;
+                    if !loss.is_finite() {
+                        return Err(Stopped::NotFinite { steps });
+                    }
+                    loss_sum += loss;
+                    steps += 1;
                 }
-                loss_sum += loss;
-                steps += 1;
             }
-        }
+            Ok(())
+        })?;
         let weights = stepper.weights();
         if !weights.iter().all(|x| x.is_finite()) {
             return Err(Stopped::NotFinite { steps: steps.saturating_sub(1) });
@@ -137,9 +140,9 @@ impl Network {
             batch.truncate(size);
             batch.sort_unstable();
         }
-        let mut stepper = self.stepper(weights, batch.len(), true);
+        let stepper = self.stepper(weights, batch.len(), true, self.threads);
         let gather = |_| Rule::Gather { kept: 1.0, rate: None };
-        let loss = over_parts(&mut stepper, rows, &batch, gather, &mut 0, on_pass)?;
+        let loss = stepper.with_crew(rows, |crew| over_parts(crew, &batch, gather, &mut 0, on_pass))?;
         let loss = if batch.is_empty() { 0.0 } else { loss / to_f64(batch.len()) };
         let values = stepper.gradient();
         let finite = loss.is_finite() && values.iter().all(|x| x.is_finite());
@@ -154,10 +157,9 @@ struct Part {
     last: bool,
 }
 
-/// Takes `batch` through `stepper` in parts that fit, each under its rule; the sum of their losses.
+/// Lets `crew` take `batch` in parts that fit, each under its rule; the sum of their losses.
 fn over_parts(
-    stepper: &mut Stepper,
-    rows: &Rows,
+    crew: &Crew<'_>,
     batch: &[usize],
     rule: impl Fn(Part) -> Rule,
     passes: &mut u64,
@@ -166,7 +168,7 @@ fn over_parts(
     let mut loss = 0.0;
     let parts = batch.len().div_ceil(PASS_ROWS_MAX);
     for (nth, picked) in batch.chunks(PASS_ROWS_MAX).enumerate() {
-        loss += stepper.step(rows, picked, batch.len(), rule(Part { first: nth == 0, last: nth + 1 == parts }));
+        loss += crew.step(picked, batch.len(), rule(Part { first: nth == 0, last: nth + 1 == parts }));
         *passes += 1;
         if on_pass(*passes).is_break() {
             return Err(Stopped::Cancelled);

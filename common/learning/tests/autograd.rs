@@ -146,3 +146,23 @@ fn steps_follow_the_gradient_with_and_without_momentum_in_batches_that_do_not_di
         }
     }
 }
+
+#[test]
+fn the_bits_do_not_depend_on_the_number_of_threads() {
+    // The last batch has 5 rows; of the last layer's one panel one thread has all.
+    let case = Case::new(&[300, 200, 90, 3], 405);
+    for (batch, momentum) in [(200, 0.0), (200, 0.9), (405, 0.0)] {
+        let spec = TrainSpec { batch_size: BatchSize::Rows(batch), momentum, local_epochs: 3, ..TrainSpec::default() };
+        let on = |threads| {
+            let network = case.network.clone().with_threads(threads);
+            (
+                network.train(&case.weights, &case.rows, &spec, KEY, &mut go_on).unwrap(),
+                network.gradient(&case.weights, &case.rows, &spec, KEY, &mut go_on).unwrap(),
+            )
+        };
+        let one = on(1);
+        for threads in [2, 3, 7] {
+            assert!(on(threads) == one, "{threads} threads, batches of {batch}, momentum {momentum}");
+        }
+    }
+}
