@@ -2,7 +2,6 @@
 //!
 //! `suite` is `make bench`: the lines of one table. `durability` is `make bench-durability`. What both stand on is here
 //! beside them: coordinators to measure (`home`), peers that do not train (`peer`, `fleet`), samples (`figures`).
-#![allow(dead_code)] // until every line is there
 
 mod bare;
 pub mod durability;

@@ -31,11 +31,6 @@ impl Rivals {
         python.is_file().then(|| Self { python, programs: programs.to_owned() })
     }
 
-    /// The environment's Python.
-    pub(crate) fn python(&self) -> &Path {
-        &self.python
-    }
-
     /// Starts `NAME.py`.
     pub(crate) fn start(&self, name: &str, arguments: &[&str]) -> Result<Rival> {
         self.start_with(name, arguments, &[])
@@ -96,11 +91,6 @@ impl Rival {
     pub(crate) fn seconds(&mut self, request: &Value) -> Result<f64> {
         let answer = self.once(request)?;
         answer["seconds"].as_f64().with_context(|| format!("expected seconds, got {answer}"))
-    }
-
-    /// Its process.
-    pub(crate) fn id(&self) -> u32 {
-        self.child.id()
     }
 }
 

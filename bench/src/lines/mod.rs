@@ -11,6 +11,7 @@ mod model;
 mod rounds;
 mod session;
 mod start;
+mod step;
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -66,17 +67,17 @@ impl Line {
     /// Measures it. An error is of the line alone: the others are measured all the same.
     pub(crate) fn measure(self, bench: &Bench, report: &mut Report) -> Result<()> {
         match self {
-            Self::Fold => fold::measure(bench, report),
-            Self::Csv => csv::measure(bench, report),
+            Self::Round => rounds::measure(bench, report),
             Self::Model => model::measure(bench, report),
             Self::Bulk => bulk::measure(bench, report),
             Self::Session => session::measure(bench, report),
-            Self::Round => rounds::measure(bench, report),
+            Self::Fold => fold::measure(bench, report),
+            Self::Step => step::measure(bench, report),
             Self::Mnist => mnist::measure(bench, report),
             Self::Idle => idle::measure(bench, report),
+            Self::Csv => csv::measure(bench, report),
             Self::Growth => growth::measure(bench, report),
             Self::Start => start::measure(bench, report),
-            line => anyhow::bail!("line {} is not there yet", line.number()),
         }
     }
 }

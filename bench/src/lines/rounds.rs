@@ -166,7 +166,7 @@ impl Sides {
         let us = |seconds: f64| number(seconds * 1e6);
         let Processor { coordinator, workers, rounds } = memory.processor;
         let all = (coordinator + workers) / rounds.max(1.0);
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = thread::available_parallelism().map_or(1, usize::from);
         let at_once = cores.min(self.workers + 1) as f64;
         let (sign, verify) = signature_seconds();
         let signatures = 2.0 * self.workers as f64 * (sign + verify);
