@@ -22,7 +22,7 @@ use tributary_tests::process::free_port;
 /// Longer than anything that does not hang.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Threads of a coordinator's runtime, as its binary has them.
+/// Threads of a coordinator's runtime; its binary has half as many as there are cores, at most four.
 const RUNTIME_THREADS: usize = 2;
 
 /// A config for a network with these hidden layers.

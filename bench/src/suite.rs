@@ -190,10 +190,10 @@ fn measure(bench: &Bench, chosen: &[Line], report: &mut Report) {
     }
 }
 
+/// The first line of what a panic says.
 fn message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().cloned();
-    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
-        .unwrap_or_else(|| "it panicked".to_owned())
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    text.and_then(|text| text.lines().next()).unwrap_or("it panicked").to_owned()
 }
 
 /// Ctrl-C, or a request to end.
