@@ -1000,6 +1000,6 @@ mod tests {
         let speak = size!(Voice::speak, A, B);
         let watch = size!(Peer::watch, A, B, C);
         let all = read + uploads + speak + watch;
-        assert!(all <= 3 * 1024, "{all} bytes: read {read}, uploads {uploads}, speak {speak}, watch {watch}");
+        assert!(all <= 3_200, "{all} bytes: read {read}, uploads {uploads}, speak {speak}, watch {watch}");
     }
 }
