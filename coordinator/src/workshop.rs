@@ -1,9 +1,9 @@
 //! The workshop: the one thread that owns tensors, and the store that makes them durable.
 //!
 //! The event loop hands it [`Job`]s in the order in which the machine decided, and hears [`Done`]s in that order: what
-//! a commit announces was sealed before the commit is reported synced; a large model is sealed beside the writing of its
-//! commit. The model exists as raw bytes, and a step changes them where they stand: so at most four models are in memory,
-//! the bytes, the sum (two models wide) and the sealed copy that is streamed.
+//! a commit announces was sealed before the commit is reported synced. The model exists as raw bytes, and a step changes
+//! them where they stand: so at most four models are in memory, the bytes, the sum (two models wide) and the sealed copy
+//! that is streamed.
 //!
 //! To wake a thread and to be woken by it takes longer than all that a small round asks for. So a [`Job`] that is over in
 //! some microseconds and cannot wait for a device is done by whoever gives it ([`WorkshopHandle::give`]), if nothing is
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -48,9 +48,6 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// How much of a held payload is in memory while it is folded: it stays in the second-level cache beside the cells that it
 /// is added to.
 const PIECE_BYTES: usize = 256 * 1024;
-
-/// From so many bytes on a model is sealed by a thread of its own, beside the writing of its commit, which takes longer.
-const SEALED_BESIDE_BYTES: usize = 1 << 20;
 
 /// How long what was done by whoever gave it may wait to be written, so that a sync takes it along.
 const WRITTEN_AFTER: Duration = Duration::from_millis(2);
@@ -206,8 +203,6 @@ pub struct Workshop {
     payloads: BTreeMap<TaskId, Kept>,
     /// In `central` mode: the union of the shared rows, once it was needed.
     rows: Option<Rows>,
-    /// A model that is being sealed beside all this; said to be sealed before the next sync is reported.
-    sealing: Option<JoinHandle<Result<Content, WorkshopError>>>,
 }
 
 impl std::fmt::Debug for Workshop {
@@ -300,7 +295,6 @@ impl Workshop {
             sum: None,
             payloads: BTreeMap::new(),
             rows: None,
-            sealing: None,
         };
         if let Some(state) = state {
             workshop.restore(state)?;
@@ -613,32 +607,9 @@ impl Workshop {
     }
 
     fn seal(&self, kind: Kind, hash: Hash, plaintext: Arc<[u8]>) -> Result<(), WorkshopError> {
-        let content = sealed(&self.telemetry, kind, hash, &plaintext)?;
-        self.say(Done::Sealed(Arc::new(content)));
-        Ok(())
-    }
-
-    /// As [`Self::seal_model`]; a large one is sealed while its commit is written, and said to be by the next sync.
-    fn seal_model_beside(&mut self) -> Result<(), WorkshopError> {
-        let Some(hash) = self.model_hash.filter(|_| self.model.len() >= SEALED_BESIDE_BYTES) else {
-            return self.seal_model();
-        };
-        let (telemetry, model) = (self.telemetry.clone(), self.model.clone());
-        let seal = move || sealed(&telemetry, Kind::Model, hash, &model);
-        match thread::Builder::new().name("sealing".to_owned()).spawn(seal) {
-            Ok(sealing) => self.sealing = Some(sealing),
-            Err(error) => {
-                tracing::debug!(%error, "no thread to seal beside");
-                self.seal_model()?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Waits for what is being sealed.
-    fn await_sealing(&mut self) -> Result<(), WorkshopError> {
-        let Some(sealing) = self.sealing.take() else { return Ok(()) };
-        let content = sealing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let began = Instant::now();
+        let content = Content::seal(kind, hash, &plaintext)?;
+        self.telemetry.metrics.seal_seconds.record(began.elapsed().as_secs_f64());
         self.say(Done::Sealed(Arc::new(content)));
         Ok(())
     }
@@ -663,7 +634,6 @@ impl Workshop {
     }
 
     fn step(&mut self, round: u32, tasks: &[TaskId]) -> Result<(), WorkshopError> {
-        self.await_sealing()?;
         let (Some(sum), Some(server)) = (&mut self.sum, &mut self.server) else {
             return Err(WorkshopError::Unusable("there is nothing to step with".to_owned()));
         };
@@ -681,7 +651,7 @@ impl Workshop {
         let hash = self.frame()?.network.layout().model_hash(&self.model);
         self.model_hash = Some(hash);
         self.say(Done::Learned(Input::Stepped { round, model: hash, train_loss: None }));
-        self.seal_model_beside()
+        self.seal_model()
     }
 
     fn weights(&self) -> Result<Vec<f32>, WorkshopError> {
@@ -760,7 +730,6 @@ impl Workshop {
     fn sync(&mut self, no: EventNo) -> Result<(), WorkshopError> {
         let began = Instant::now();
         let bytes = self.store.sync()?;
-        self.await_sealing()?;
         self.say(Done::Synced { no, bytes, on_disk: self.store.bytes_on_disk(), took: began.elapsed() });
         Ok(())
     }
@@ -771,13 +740,6 @@ impl Workshop {
         self.say(Done::Written(self.model_dir.clone()));
         Ok(())
     }
-}
-
-fn sealed(telemetry: &Telemetry, kind: Kind, hash: Hash, plaintext: &[u8]) -> Result<Content, WorkshopError> {
-    let began = Instant::now();
-    let content = Content::seal(kind, hash, plaintext)?;
-    telemetry.metrics.seal_seconds.record(began.elapsed().as_secs_f64());
-    Ok(content)
 }
 
 impl Queue {
