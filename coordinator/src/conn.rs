@@ -57,7 +57,7 @@ const ROOM_ASKED_EVERY: Duration = Duration::from_secs(1);
 /// How long what was said last may take to arrive.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
 
-/// How long a receipt, or the word that something is held, waits for something to travel with.
+/// How long the word that something is held waits for something to travel with.
 const UNHURRIED_MAX: Duration = Duration::from_millis(2);
 
 /// Contents that are on their way to one worker. Each keeps its model in memory, so whoever reads none of them is let
@@ -748,18 +748,15 @@ impl Peer {
 
 /// What speaks to one worker.
 ///
-/// Whatever is to be said at the same time leaves together. That something is held and that there is a receipt for it is
-/// what nobody waits for: it waits for the next thing to be said, at most [`UNHURRIED_MAX`], and receipts are signed when
-/// what came with them has left.
+/// Whatever is to be said at the same time leaves together. That something is held is what nobody waits for: it waits for
+/// the next thing to be said, at most [`UNHURRIED_MAX`].
 struct Voice {
     peer: Peer,
     send: SendStream,
     sealer: Sealer,
     downloads: JoinSet<()>,
-    /// Receipts without their signatures.
-    unsigned: Vec<Receipt>,
     unhurried: Vec<ToWorker>,
-    /// Since when the first of both waits.
+    /// Since when the first of them waits.
     since: Instant,
     /// What is sealed and not written.
     out: Vec<u8>,
@@ -770,8 +767,8 @@ struct Mute(CloseCode, String);
 
 impl Voice {
     fn new(peer: Peer, send: SendStream, sealer: Sealer) -> Self {
-        let (unsigned, unhurried, out) = (Vec::new(), Vec::new(), Vec::new());
-        Self { peer, send, sealer, downloads: JoinSet::new(), unsigned, unhurried, since: Instant::now(), out }
+        let (unhurried, out) = (Vec::new(), Vec::new());
+        Self { peer, send, sealer, downloads: JoinSet::new(), unhurried, since: Instant::now(), out }
     }
 
     /// Says what is to be said, in order, and then goodbye.
@@ -783,7 +780,6 @@ impl Voice {
             if self.write().await.is_none() {
                 return;
             }
-            self.sign().await;
         };
         let Self { peer, mut send, mut out, sealer, .. } = self;
         let last_words = async {
@@ -821,7 +817,7 @@ impl Voice {
 
     /// Whether nothing waits to be said.
     fn is_patient(&self) -> bool {
-        self.unsigned.is_empty() && self.unhurried.is_empty()
+        self.unhurried.is_empty()
     }
 
     fn take(&mut self, saying: Saying) -> Result<(), Mute> {
@@ -831,14 +827,10 @@ impl Voice {
                 self.unhurried.push(message);
                 Ok(())
             }
+            // Never later than the next task: were it lost in a crash, only the receipt of the last round is given again.
             Saying::Receipt(receipt) => {
-                self.wait();
-                self.unsigned.push(receipt);
-                Ok(())
-            }
-            Saying::Message(message @ ToWorker::Assigned(_)) => {
-                let unhurried = std::mem::take(&mut self.unhurried);
-                unhurried.iter().try_for_each(|message| self.seal(message))?;
+                self.hurry()?;
+                let message = self.peer.signed(&receipt);
                 self.seal(&message)
             }
             Saying::Message(message) => {
@@ -859,19 +851,10 @@ impl Voice {
         }
     }
 
-    /// Signs once what was said has left: other tasks run first, and the connection's own is among them.
-    async fn sign(&mut self) {
-        if !self.unsigned.is_empty() {
-            tokio::task::yield_now().await;
-            self.unhurried.extend(self.unsigned.drain(..).map(|receipt| self.peer.signed(&receipt)));
-        }
-    }
-
     /// Seals what waited, too.
     fn hurry(&mut self) -> Result<(), Mute> {
-        let receipts: Vec<ToWorker> = self.unsigned.drain(..).map(|receipt| self.peer.signed(&receipt)).collect();
         let unhurried = std::mem::take(&mut self.unhurried);
-        unhurried.iter().chain(&receipts).try_for_each(|message| self.seal(message))
+        unhurried.iter().try_for_each(|message| self.seal(message))
     }
 
     fn seal(&mut self, message: &ToWorker) -> Result<(), Mute> {
