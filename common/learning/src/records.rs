@@ -52,11 +52,22 @@ impl Records {
     pub(crate) fn open(path: &Path) -> Result<Self, DataError> {
         let shown = path.display().to_string();
         let (file, opened) = open(path, &shown)?;
-        let mut records = Self {
-            path: shown,
+        let mut records = Self::over(shown, file, opened, BUFFER_BYTES);
+        while records.filled < BYTE_ORDER_MARK.len() && records.fill()? {}
+        if records.buffer.starts_with(BYTE_ORDER_MARK) {
+            records.at = BYTE_ORDER_MARK.len();
+        }
+        records.read_header()?;
+        Ok(records)
+    }
+
+    /// Before anything was read, with a buffer of so many bytes.
+    fn over(path: String, file: File, opened: Metadata, buffer: usize) -> Self {
+        Self {
+            path,
             file: file.take(opened.len()),
             opened,
-            buffer: vec![0; BUFFER_BYTES],
+            buffer: vec![0; buffer],
             at: 0,
             filled: 0,
             header: Vec::new(),
@@ -65,13 +76,7 @@ impl Records {
             line: 0,
             next_line: 1,
             quoting: Quoting::default(),
-        };
-        while records.filled < BYTE_ORDER_MARK.len() && records.fill()? {}
-        if records.buffer.starts_with(BYTE_ORDER_MARK) {
-            records.at = BYTE_ORDER_MARK.len();
         }
-        records.read_header()?;
-        Ok(records)
     }
 
     /// The names of the columns, in the file's order.
@@ -481,20 +486,8 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         io::Write::write_all(&mut file, bytes).unwrap();
         io::Seek::rewind(&mut file).unwrap();
-        let mut records = Records {
-            path: String::new(),
-            opened: file.metadata().unwrap(),
-            file: file.take(bytes.len() as u64),
-            buffer: vec![0; buffer],
-            at: 0,
-            filled: 0,
-            header: Vec::new(),
-            text: String::new(),
-            bounds: Vec::new(),
-            line: 0,
-            next_line: 1,
-            quoting: Quoting::default(),
-        };
+        let opened = file.metadata().unwrap();
+        let mut records = Records::over(String::new(), file, opened, buffer);
         let mut rows = Vec::new();
         loop {
             match records.take() {
