@@ -100,6 +100,11 @@ impl Script {
             }
         }
     }
+
+    /// What was offered: the update, or the survey.
+    fn wanted(&self, is_update: bool) -> Payload {
+        self.update.get().filter(|_| is_update).unwrap_or(&self.survey).clone()
+    }
 }
 
 /// Columns as the tests' data have them: two numbers, a colour, and a label of two classes.
@@ -234,8 +239,7 @@ impl Peer {
                     }
                     Some(ToWorker::Go { task: named, from, .. }) => {
                         let is_update = task.as_ref().is_some_and(|task| task.task == named);
-                        let payload = script.update.get().filter(|_| is_update).unwrap_or(&script.survey).clone();
-                        self.upload(named, &payload, from, u64::MAX);
+                        self.upload(named, &script.wanted(is_update), from, u64::MAX);
                     }
                     Some(ToWorker::Held { task: held, .. }) if task.as_ref().is_some_and(|task| task.task == held) => {
                         task = None;
