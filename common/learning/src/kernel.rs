@@ -9,14 +9,25 @@
 //! their order, one fused multiply-add at a time. So the bits of a result depend neither on the tiles, nor on how many
 //! threads share them, nor on how wide the CPU's vectors are, if only it fuses.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::_MM_HINT_T0;
+use std::ops::Range;
+
 use pulp::{Arch, Scalar512b, Simd, WithSimd, bytemuck};
 #[cfg(target_arch = "x86_64")]
-use pulp::{NullaryFnOnce, x86::V4};
+use pulp::{NullaryFnOnce, core_arch::x86::Sse, x86::V4};
 
 /// Columns of a panel; the last one of a matrix has half of them if they are enough.
 pub(crate) const PANEL: usize = 32;
 
 const HALF: usize = PANEL / 2;
+
+/// Rows of a panel that all rows of a batch are multiplied by before the next ones: 16 KiB, so that they stay in the nearest
+/// cache beside the rows of the batch and what is fetched ahead.
+const BLOCK_ROWS_MAX: usize = 128;
+
+/// Rows of a batch from which on blocks pay: with fewer a block is used too seldom to be waited for.
+const MANY_ROWS: usize = 32;
 
 /// Floats of a cache line, which a vector of 16 should not straddle.
 const LINE: usize = 16;
@@ -48,6 +59,14 @@ pub(crate) struct Matrix {
     floats: Aligned,
     columns: usize,
     stride: usize,
+}
+
+/// Rows of a batch, cut into strips of as many columns as a tile of their gradient is high. Each strip lies row behind row, so
+/// that a tile reads it from one end to the other; in a [`Matrix`] each row of it would be on another page.
+#[derive(Debug)]
+pub(crate) struct Strips {
+    floats: Aligned,
+    rows: usize,
 }
 
 /// A matrix, 32 columns at a time.
@@ -190,6 +209,19 @@ impl Panels {
         })
     }
 
+    /// All rows, in blocks of as even a height as can be; in one where few rows of a batch are multiplied by them.
+    fn blocks(&self, few: bool) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (rows, blocks) = (self.rows, if few { 1 } else { self.rows.div_ceil(BLOCK_ROWS_MAX) });
+        (0..blocks).map(move |nth| rows * nth / blocks..rows * (nth + 1) / blocks)
+    }
+
+    /// These rows of a panel, and what lies behind them, at most as much.
+    fn block(&self, panel: Panel, rows: &Range<usize>) -> (&[f32], &[f32]) {
+        let from = &self.floats.get()[panel.column * self.rows + panel.width * rows.start..];
+        let (block, behind) = from.split_at(panel.width * rows.len());
+        (block, &behind[..behind.len().min(block.len())])
+    }
+
     fn of(&self, panel: Panel) -> &[f32] {
         &self.floats.get()[panel.column * self.rows..][..panel.width * self.rows]
     }
@@ -208,24 +240,63 @@ pub(crate) fn multiply(
     to: &mut Matrix,
     column: usize,
 ) {
+    let few = rows < MANY_ROWS;
+    let blocks = parts.iter().flat_map(|(at, panels)| panels.blocks(few).map(move |rows| (*at, *panels, rows)));
+    let blocks: Vec<_> = blocks.collect();
     for panel in parts.first().into_iter().flat_map(|(_, panels)| panels.panels()) {
-        make(rows, panel.width, &mut Product { from, parts, panel, then, to, column: column + panel.column });
+        for (nth, (at, panels, block)) in blocks.iter().enumerate() {
+            let (weights, next) = panels.block(panel, block);
+            let (first, then) = (nth == 0, if nth + 1 == blocks.len() { then } else { Then::Store });
+            let (start, column) = (at + block.start, column + panel.column);
+            let ahead = if few { 0 } else { next.len().div_ceil(rows) };
+            make(rows, panel.width, &mut Product { from, start, weights, next, ahead, panel, first, then, to, column });
+        }
     }
 }
 
-/// Follows the gradient of `weights`, whose columns are at `column..` of their layer: the sum over the rows of a batch of the
-/// products of a layer's inputs, with the 1 behind them, and the deltas of its outputs.
+/// Follows the gradient of `weights`, whose columns are at `column..` of their layer: the sum over the rows of all batches of
+/// the products of a layer's inputs, with the 1 behind them, and the deltas of its outputs.
 pub(crate) fn follow(
     weights: &mut Panels,
     velocity: &mut Panels,
     column: usize,
-    batch: &[(&[f32], &[f32])],
+    batches: &[(&Strips, &Matrix)],
     rule: Rule,
 ) {
     for panel in weights.panels() {
         let (rows, column) = (weights.rows, column + panel.column);
         let velocity = if matches!(rule, Rule::Descend { .. }) { &mut [][..] } else { velocity.of_mut(panel) };
-        make(rows, panel.width, &mut Step { batch, column, panel, weights: weights.of_mut(panel), velocity, rule });
+        make(rows, panel.width, &mut Step { batches, column, panel, weights: weights.of_mut(panel), velocity, rule });
+    }
+}
+
+impl Strips {
+    /// Room for rows of so many columns, and a 1 behind each.
+    pub(crate) fn new(rows: usize, columns: usize) -> Self {
+        Self { floats: Aligned::new(rows * (columns + 1)), rows: 0 }
+    }
+
+    /// Takes the first `rows` rows of a matrix, with the 1 behind each.
+    pub(crate) fn take(&mut self, from: &Matrix, rows: usize) {
+        self.rows = rows;
+        make(from.columns + 1, PANEL, &mut Cut { from, rows, to: self.floats.get_mut() });
+    }
+}
+
+/// Cuts a matrix into strips.
+struct Cut<'a> {
+    from: &'a Matrix,
+    rows: usize,
+    to: &'a mut [f32],
+}
+
+impl Tile for Cut<'_> {
+    #[inline(always)]
+    fn make<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, _: S, at: usize) {
+        let to = self.to[at * self.rows..][..ROWS * self.rows].as_chunks_mut::<ROWS>().0;
+        for (to, from) in to.iter_mut().zip(self.from.padded_rows()) {
+            *to = *from[at..].first_chunk().expect("a tile ends where the rows do");
+        }
     }
 }
 
@@ -356,8 +427,15 @@ pub fn fused_multiply_adds(turns: u64) -> (u64, f32) {
 
 struct Product<'a> {
     from: &'a Matrix,
-    parts: &'a [(usize, &'a Panels)],
+    /// The column of `from` that meets the first row of the weights.
+    start: usize,
+    weights: &'a [f32],
+    /// The weights of the next block, and how many of them are fetched for each row of this one's tiles.
+    next: &'a [f32],
+    ahead: usize,
     panel: Panel,
+    /// Whether nothing was summed up before.
+    first: bool,
     then: Then<'a>,
     to: &'a mut Matrix,
     column: usize,
@@ -368,9 +446,13 @@ impl Tile for Product<'_> {
     fn make<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, simd: S, at: usize) {
         let zero = simd.splat_f32s(0.0);
         let mut sums = [[zero; VECTORS]; ROWS];
-        for (start, panels) in self.parts {
-            add_rows(simd, &mut sums, &self.from.floats.get()[*start..], self.from.stride, at, panels.of(self.panel));
+        prefetch(self.next, at * self.ahead, ROWS * self.ahead);
+        if !self.first {
+            unroll!(r in ROWS {
+                sums[r] = *vectors::<S, VECTORS>(&self.to.floats.get()[(at + r) * self.to.stride + self.column..]);
+            });
         }
+        add_rows(simd, &mut sums, &self.from.floats.get()[self.start..], self.from.stride, at, self.weights);
         unroll!(r in ROWS {
             let place = (at + r) * self.to.stride + self.column;
             match self.then {
@@ -437,8 +519,22 @@ fn add_rows<S: Simd, const ROWS: usize, const VECTORS: usize>(
     }
 }
 
+/// Asks for up to `len` floats from `from`, which are wanted soon: a tile takes longer than memory does.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn prefetch(floats: &[f32], from: usize, len: usize) {
+    let Some(sse) = Sse::try_new() else { return };
+    let floats = &floats[from.min(floats.len())..];
+    for line in floats[..len.min(floats.len())].chunks(LINE) {
+        sse._mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn prefetch(_: &[f32], _: usize, _: usize) {}
+
 struct Step<'a> {
-    batch: &'a [(&'a [f32], &'a [f32])],
+    batches: &'a [(&'a Strips, &'a Matrix)],
     column: usize,
     panel: Panel,
     weights: &'a mut [f32],
@@ -450,17 +546,20 @@ impl Tile for Step<'_> {
     #[inline(always)]
     fn make<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, simd: S, at: usize) {
         let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
-        for (inputs, deltas) in self.batch {
-            let inputs = inputs[at..].first_chunk::<ROWS>().expect("a tile ends where the rows do");
-            let deltas = vectors::<S, VECTORS>(&deltas[self.column..]);
-            unroll!(r in ROWS {
-                let x = simd.splat_f32s(inputs[r]);
-                unroll!(v in VECTORS {
-                    sums[r][v] = simd.mul_add_e_f32s(x, deltas[v], sums[r][v]);
-                });
-            });
-        }
         let width = self.panel.width;
+        prefetch(self.weights, (at + ROWS) * width, ROWS * width);
+        for (inputs, deltas) in self.batches {
+            let rows = inputs.floats.get()[at * inputs.rows..][..ROWS * inputs.rows].as_chunks::<ROWS>().0;
+            for (inputs, deltas) in rows.iter().zip(deltas.padded_rows()) {
+                let deltas = vectors::<S, VECTORS>(&deltas[self.column..]);
+                unroll!(r in ROWS {
+                    let x = simd.splat_f32s(inputs[r]);
+                    unroll!(v in VECTORS {
+                        sums[r][v] = simd.mul_add_e_f32s(x, deltas[v], sums[r][v]);
+                    });
+                });
+            }
+        }
         let rate = match self.rule {
             Rule::Descend { rate } => Some(rate),
             Rule::Gather { kept, rate } => {

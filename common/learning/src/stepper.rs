@@ -14,15 +14,15 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
 
 use crate::encoding::Rows;
-use crate::kernel::{Matrix, PANEL, Panels, Rule, Then, follow, multiply};
+use crate::kernel::{Matrix, PANEL, Panels, Rule, Strips, Then, follow, multiply};
 use crate::network::{Layer, to_f64};
 
 /// Rows that go through the layers at once. A larger batch goes in parts, whose gradients are added, so that memory stays
 /// flat and what lies between two layers in the cache.
 pub(crate) const PASS_ROWS_MAX: usize = 512;
 
-/// Rows times weights of a step from which on threads share it: below, meeting costs more than sharing gains. Not yet
-/// measured with these threads: an earlier trial with others lost at 13 million and gained at 60 million.
+/// Rows times weights of a step from which on threads share it: below, meeting costs more than sharing gains. At 7.6 million
+/// two threads gained a tenth to a fifth.
 const SHARED_WORK_MIN: usize = 6_000_000;
 
 /// Rows of a step that a thread has at least.
@@ -62,6 +62,8 @@ struct Batch {
     rows: usize,
     /// The inputs, then the outputs of each layer.
     values: Vec<Matrix>,
+    /// The inputs of each layer, in strips.
+    strips: Vec<Strips>,
     /// The derivatives of the loss by the outputs of each layer.
     deltas: Vec<Matrix>,
     losses: Vec<f32>,
@@ -222,6 +224,7 @@ impl Crew<'_> {
         batch.forward(&shares, self.rows, picked);
         batch.lose(*classes, self.rows, picked, order.of);
         batch.backward(&shares);
+        batch.cut();
     }
 
     /// Waits until all threads came to the meeting of this number.
@@ -271,8 +274,8 @@ impl Share {
 
     fn follow(&mut self, batches: &[impl Deref<Target = Batch>], rule: Rule) {
         for (at, layer) in self.0.iter_mut().enumerate() {
-            let rows = batches.iter().flat_map(|batch| batch.inputs_and_deltas(at));
-            follow(&mut layer.weights, &mut layer.velocity, layer.column, &rows.collect::<Vec<_>>(), rule);
+            let batch: Vec<_> = batches.iter().map(|batch| (&batch.strips[at], &batch.deltas[at])).collect();
+            follow(&mut layer.weights, &mut layer.velocity, layer.column, &batch, rule);
             if rule.steps() {
                 layer.transpose();
             }
@@ -310,6 +313,7 @@ impl Batch {
         Self {
             rows: 0,
             values: inputs.into_iter().chain(layers.iter().map(|layer| layer.outputs)).map(matrix).collect(),
+            strips: layers.iter().map(|layer| Strips::new(rows, layer.inputs)).collect(),
             deltas: layers.iter().map(|layer| matrix(layer.outputs)).collect(),
             losses: vec![0.0; rows],
         }
@@ -354,9 +358,11 @@ impl Batch {
         }
     }
 
-    /// What the gradient of a layer is made of.
-    fn inputs_and_deltas(&self, layer: usize) -> impl Iterator<Item = (&[f32], &[f32])> {
-        self.values[layer].padded_rows().zip(self.deltas[layer].padded_rows()).take(self.rows)
+    /// Lays the inputs of each layer as its gradient needs them.
+    fn cut(&mut self) {
+        for (strips, values) in self.strips.iter_mut().zip(&self.values) {
+            strips.take(values, self.rows);
+        }
     }
 }
 
