@@ -30,7 +30,7 @@ use crate::files::{self, FileError};
 use crate::report::{Line, Report};
 
 /// How long a payload waits for its receipt before it is written. What is made and answered faster is made again as fast.
-const SETTLE: Duration = Duration::from_millis(50);
+const SETTLE: Duration = Duration::from_millis(500);
 
 /// How long a receipt's line waits for its sync, so that many share one.
 const SYNC_AFTER: Duration = Duration::from_secs(1);

@@ -668,7 +668,7 @@ impl Shell {
             FromTrainer::Considered(Err(leave)) => self.tell(Input::Considered(Err(leave))),
             FromTrainer::Made { task, made, payload } => {
                 self.free_trainer(task);
-                self.payloads.insert(made.hash, payload.into());
+                self.payloads.insert(made.hash, payload);
                 self.tell(Input::Made { task, made });
             }
             FromTrainer::Failed { task, failure } => {

@@ -8,6 +8,7 @@
 //! Waking a thread and being woken by it costs more than the smallest tasks do. So a task is done at once, where it is
 //! ordered, if the thread has nothing to do and the task before it took less than [`BRIEF`].
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
 use std::io;
@@ -18,10 +19,10 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use learning::{DataError, Dataset, Network, Note, Schema, Shard, Stopped, Table, TaskKey, norm};
+use bytes::Bytes;
+use learning::{DataError, Dataset, Network, Note, RawNumbers, Schema, Shard, Stopped, Table, TaskKey, norm, numbers};
 use protocol::evaluation::Evaluation;
 use protocol::ids::{Hash, TaskId};
-use protocol::layout::{from_bytes, to_bytes};
 use protocol::limits::ROWS_BYTES_MAX;
 use protocol::member::Made;
 use protocol::messages::{Assigned, Failure, Leave, Metrics, TaskKind, Welcome};
@@ -77,7 +78,7 @@ pub(crate) enum FromTrainer {
     /// The plan was read.
     Considered(Result<RowCounts, Leave>),
     /// A task is done.
-    Made { task: TaskId, made: Box<Made>, payload: Vec<u8> },
+    Made { task: TaskId, made: Box<Made>, payload: Bytes },
     /// It gave nothing to offer.
     Failed { task: TaskId, failure: Failure },
     /// The data do not fit what the fleet agreed on.
@@ -325,7 +326,7 @@ impl Desk {
         }
     }
 
-    fn work_of(&mut self, order: &Order) -> Result<(Made, Vec<u8>), Undone> {
+    fn work_of(&mut self, order: &Order) -> Result<(Made, Bytes), Undone> {
         match order.assigned.kind {
             TaskKind::Survey => self.survey(),
             TaskKind::Rows => self.rows(&order.needs),
@@ -357,15 +358,15 @@ impl Desk {
         self.encoded.as_ref().ok_or(Undone::Cancelled)
     }
 
-    fn survey(&mut self) -> Result<(Made, Vec<u8>), Undone> {
+    fn survey(&mut self) -> Result<(Made, Bytes), Undone> {
         let min_count = self.min_count;
         let survey = self.current()?.data.survey(min_count)?;
         let made = made(survey.training_rows());
-        Ok(filled(made, survey.to_bytes()))
+        Ok(filled(made, survey.to_bytes().into()))
     }
 
     /// Asks the owner's word once more: whatever the coordinator says, rows leave only with it.
-    fn rows(&mut self, needs: &Needs) -> Result<(Made, Vec<u8>), Undone> {
+    fn rows(&mut self, needs: &Needs) -> Result<(Made, Bytes), Undone> {
         let central = self.current()?.welcome.learning.train.mode == Mode::Central;
         if !(central && self.share_rows) {
             return Err(Undone::Unfit(
@@ -377,7 +378,7 @@ impl Desk {
         if bytes > ROWS_BYTES_MAX {
             return Err(Undone::Unfit(format!("the training rows have {bytes} bytes, the most is {ROWS_BYTES_MAX}")));
         }
-        Ok(filled(made(rows.len() as u64), rows.to_bytes(0, rows.len())))
+        Ok(filled(made(rows.len() as u64), rows.to_bytes(0, rows.len()).into()))
     }
 }
 
@@ -386,12 +387,12 @@ struct Start<'a> {
     welcome: &'a Welcome,
     bounds: Bounds,
     encoded: &'a Encoded,
-    weights: Vec<f32>,
+    weights: Cow<'a, [f32]>,
 }
 
 impl Desk {
     /// Evaluates the model as it came, then trains from it.
-    fn train(&mut self, order: &Order) -> Result<(Made, Vec<u8>), Undone> {
+    fn train(&mut self, order: &Order) -> Result<(Made, Bytes), Undone> {
         let Order { assigned, needs, bounds, job } = order;
         self.encode(needs)?;
         let (Some(read), Some(encoded)) = (&self.read, &self.encoded) else { return Err(Undone::Cancelled) };
@@ -404,7 +405,7 @@ impl Desk {
         let (mut made, payload) = match assigned.kind {
             TaskKind::Update => start.update(assigned, job)?,
             TaskKind::Gradient => start.gradient(assigned, job)?,
-            _ => filled(made(0), Vec::new()),
+            _ => filled(made(0), Bytes::new()),
         };
         made.metrics.evaluation = evaluation;
         Ok((made, payload))
@@ -412,11 +413,11 @@ impl Desk {
 }
 
 /// The numbers of the model that a task starts from, if it is the model that this build makes of the plan.
-fn weights(network: &Network, assigned: &Assigned, needs: &Needs) -> Result<Vec<f32>, Undone> {
+fn weights<'a>(network: &Network, assigned: &Assigned, needs: &'a Needs) -> Result<Cow<'a, [f32]>, Undone> {
     let layout = network.layout();
     let bytes = needs.model.as_deref().unwrap_or_default();
     let fits = layout.fingerprint() == assigned.layout && layout.bytes() == bytes.len() as u64;
-    let weights = from_bytes(bytes).filter(|_| fits);
+    let weights = numbers(bytes).filter(|_| fits);
     weights.ok_or_else(|| {
         Undone::Unfit(
             "the coordinator's model has other tensors than this worker makes of the same plan; run the same version \
@@ -433,20 +434,21 @@ impl Start<'_> {
         network.evaluate(&self.weights, &shard.held_out, schema).filter(|evaluation| evaluation.check().is_ok())
     }
 
-    fn update(&self, assigned: &Assigned, job: &Job) -> Result<(Made, Vec<u8>), Undone> {
+    fn update(&self, assigned: &Assigned, job: &Job) -> Result<(Made, Bytes), Undone> {
         let Encoded { network, shard, .. } = self.encoded;
         let spec = &self.welcome.learning.train;
         let mut on_pass = counted(job);
         let trained = network.train(&self.weights, &shard.training, spec, self.key(assigned), &mut on_pass)?;
-        self.folded(assigned, &trained.delta(&self.weights), trained.steps, trained.loss)
+        let (steps, loss) = (trained.steps, trained.loss);
+        self.folded(assigned, trained.into_delta(&self.weights), steps, loss)
     }
 
-    fn gradient(&self, assigned: &Assigned, job: &Job) -> Result<(Made, Vec<u8>), Undone> {
+    fn gradient(&self, assigned: &Assigned, job: &Job) -> Result<(Made, Bytes), Undone> {
         let Encoded { network, shard, .. } = self.encoded;
         let spec = &self.welcome.learning.train;
         let mut on_pass = counted(job);
         let gradient = network.gradient(&self.weights, &shard.training, spec, self.key(assigned), &mut on_pass)?;
-        self.folded(assigned, &gradient.values, 1, gradient.loss)
+        self.folded(assigned, gradient.values, 1, gradient.loss)
     }
 
     fn key(&self, assigned: &Assigned) -> TaskKey<'_> {
@@ -454,8 +456,8 @@ impl Start<'_> {
     }
 
     /// A payload that goes into the sum: finite, not too long, with its weight.
-    fn folded(&self, assigned: &Assigned, values: &[f32], steps: u64, loss: f64) -> Result<(Made, Vec<u8>), Undone> {
-        let (got, max) = (norm(values), self.bounds.norm_max);
+    fn folded(&self, assigned: &Assigned, values: Vec<f32>, steps: u64, loss: f64) -> Result<(Made, Bytes), Undone> {
+        let (got, max) = (norm(&values), self.bounds.norm_max);
         if !got.is_finite() || !loss.is_finite() {
             return Err(Undone::Failed(Failure::NotFinite));
         }
@@ -463,7 +465,7 @@ impl Start<'_> {
             return Err(Undone::Failed(Failure::NormTooLong { got, max }));
         }
         let rows = self.encoded.shard.training.len() as u64;
-        let (mut made, payload) = filled(made(rows), to_bytes(values));
+        let (mut made, payload) = filled(made(rows), Bytes::from_owner(RawNumbers::from(values)));
         made.layout = assigned.layout;
         made.steps = steps;
         made.weight = weight(rows, assigned.weight_shift, self.bounds.weight_max);
@@ -506,7 +508,7 @@ fn made(examples: u64) -> Made {
     Made { hash: zero, bytes: 0, layout: zero, examples, steps: 0, weight: 1, metrics: Metrics::default() }
 }
 
-fn filled(made: Made, payload: Vec<u8>) -> (Made, Vec<u8>) {
+fn filled(made: Made, payload: Bytes) -> (Made, Bytes) {
     (Made { hash: Hash::of(&payload), bytes: payload.len() as u64, ..made }, payload)
 }
 

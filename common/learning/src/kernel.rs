@@ -116,13 +116,6 @@ pub(crate) enum Rule {
     },
 }
 
-impl Rule {
-    /// Whether it changes weights.
-    pub(crate) fn steps(self) -> bool {
-        matches!(self, Self::Descend { .. } | Self::Gather { rate: Some(_), .. })
-    }
-}
-
 impl Aligned {
     fn new(len: usize) -> Self {
         let floats = vec![0.0; len + LINE - 1];

@@ -5,8 +5,9 @@
 //! of a row, the delta of the last layer is `(softmax(z) - y) / n`, or `2·(z - y) / n` for a number; that of a layer below
 //! is `δ·W` where it was above zero. A gradient is never stored: the tile that sums it up applies it to its weights.
 //!
-//! Threads share a step twice: until the deltas are there each has its own rows of the batch, then each has its own columns
-//! of every layer's weights. They meet in between and at the end. No sum is split, so their number changes no bit.
+//! Threads share a step thrice: each has its own columns of every layer's weights to transpose, then its own rows of the batch
+//! until the deltas are there, then its own columns to follow. They meet in between and at the end. No sum is split, so their
+//! number changes no bit.
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -51,7 +52,8 @@ struct Weights {
     weights: Panels,
     /// Empty where nothing outlives a step.
     velocity: Panels,
-    /// The weights without the bias, as the deltas of the layer below need them: none for the first layer.
+    /// The weights without the bias, as the deltas of the layer below need them, once a step was begun: none for the first
+    /// layer.
     transposed: Option<Panels>,
 }
 
@@ -152,7 +154,7 @@ pub(crate) struct Crew<'a> {
     order: RwLock<Order>,
     /// Steps that were begun.
     turns: AtomicUsize,
-    /// How often a thread came to a meeting; there are two a step.
+    /// How often a thread came to a meeting; there are three a step.
     met: AtomicUsize,
     /// Whether the caller has gone, or a thread panicked.
     over: AtomicBool,
@@ -206,12 +208,14 @@ impl Crew<'_> {
 
     fn take_part(&self, nth: usize, turn: usize) {
         let order = read(&self.order);
+        write(&self.stepper.shares[nth]).transpose();
+        self.meet(3 * turn - 2);
         self.pass(nth, &order);
-        self.meet(2 * turn - 1);
+        self.meet(3 * turn - 1);
         let batches: Vec<_> = self.stepper.batches.iter().map(read).collect();
         write(&self.stepper.shares[nth]).follow(&batches, order.rule);
         drop((batches, order));
-        self.meet(2 * turn);
+        self.meet(3 * turn);
     }
 
     /// Takes this thread's rows forward and back.
@@ -276,8 +280,14 @@ impl Share {
         for (at, layer) in self.0.iter_mut().enumerate() {
             let batch: Vec<_> = batches.iter().map(|batch| (&batch.strips[at], &batch.deltas[at])).collect();
             follow(&mut layer.weights, &mut layer.velocity, layer.column, &batch, rule);
-            if rule.steps() {
-                layer.transpose();
+        }
+    }
+
+    /// Brings the transposes up to date with the weights.
+    fn transpose(&mut self) {
+        for layer in &mut self.0 {
+            if let Some(transposed) = &mut layer.transposed {
+                transposed.transpose_of(&layer.weights);
             }
         }
     }
@@ -289,19 +299,11 @@ impl Weights {
         let mut own = Panels::new(height, width);
         let (bias, rows) = weights.split_at(layer.outputs);
         own.load(columns.start, bias, rows);
-        let mut made = Self {
+        Self {
             column: columns.start,
             weights: own,
             velocity: if gather { Panels::new(height, width) } else { Panels::default() },
             transposed: (!first).then(|| Panels::new(width, layer.inputs)),
-        };
-        made.transpose();
-        made
-    }
-
-    fn transpose(&mut self) {
-        if let Some(transposed) = &mut self.transposed {
-            transposed.transpose_of(&self.weights);
         }
     }
 }

@@ -67,7 +67,7 @@ impl Fleet {
             let deltas = NAMES.iter().zip(&self.shards).map(|(name, shard)| {
                 let trained =
                     network.train(&weights, &shard.training, spec, TaskKey { round, name }, &mut go_on).unwrap();
-                (shard.training.len(), trained.delta(&weights))
+                (shard.training.len(), trained.into_delta(&weights))
             });
             let mean = weighted_mean(&deltas.collect::<Vec<_>>());
             weights.iter_mut().zip(mean).for_each(|(w, delta)| *w = (f64::from(*w) + delta) as f32);
@@ -268,7 +268,7 @@ fn a_task_without_rows_changes_nothing() {
     let (start, none) = (network.initial(7), Rows::new(&fleet.schema));
     let key = TaskKey { round: 1, name: "a" };
     let trained = network.train(&start, &none, &TrainSpec::default(), key, &mut go_on).unwrap();
-    assert_eq!((trained.delta(&start), trained.steps), (vec![0.0; start.len()], 0));
+    assert_eq!((trained.steps, trained.into_delta(&start)), (0, vec![0.0; start.len()]));
     assert_eq!(network.evaluate(&start, &none, &fleet.schema), None);
     assert!(
         network
