@@ -13,6 +13,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 use protocol::ids::{Hash, TaskId};
 use protocol::limits::RECORD_BYTES_MAX;
+use protocol::pages::Numbers;
 use protocol::sum::{Checker, Ring, Sum, Verified, Verifier};
 use serde_json::json;
 
@@ -110,8 +111,8 @@ struct Update {
     verified: Verified,
     sum: Sum,
     tasks: u64,
-    /// What the limit moves.
-    cells: Vec<u64>,
+    /// What the limit moves, on pages like the sum's.
+    cells: Numbers<u64>,
     piece: Vec<u8>,
 }
 
@@ -123,7 +124,8 @@ impl Update {
         stored.write_all(&raw)?;
         let ring = Ring::weighted();
         let verified = verified(&raw, Hash::of(&raw))?;
-        let (cells, piece) = (vec![1; numbers], vec![0; PIECE_BYTES]);
+        let (mut cells, piece) = (Numbers::zeroed(numbers), vec![0; PIECE_BYTES]);
+        cells.fill(1);
         Ok(Self { raw, stored, verified, sum: Sum::new(ring, numbers), tasks: 0, cells, piece })
     }
 
@@ -175,7 +177,7 @@ impl Update {
 
     fn move_stored(&mut self) -> Result<f64> {
         let began = Instant::now();
-        let mut cells = self.cells.as_mut_slice();
+        let mut cells = &mut self.cells[..];
         read(self.stored.as_file_mut(), &mut self.piece, |piece| {
             let (numbers, _) = piece.as_chunks();
             let (to, rest) = std::mem::take(&mut cells).split_at_mut(numbers.len());

@@ -13,6 +13,7 @@
 use std::arch::x86_64::_MM_HINT_T0;
 use std::ops::Range;
 
+use protocol::pages::Numbers;
 use pulp::{Arch, Scalar512b, Simd, WithSimd, bytemuck};
 #[cfg(target_arch = "x86_64")]
 use pulp::{NullaryFnOnce, core_arch::x86::Sse, x86::V4};
@@ -47,9 +48,9 @@ macro_rules! unroll {
 }
 
 /// Zeros at first, and at the start of a cache line.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Aligned {
-    floats: Vec<f32>,
+    floats: Numbers<f32>,
     from: usize,
 }
 
@@ -116,9 +117,15 @@ pub(crate) enum Rule {
     },
 }
 
+impl Default for Aligned {
+    fn default() -> Self {
+        Self::new(0)
+    }
+}
+
 impl Aligned {
     fn new(len: usize) -> Self {
-        let floats = vec![0.0; len + LINE - 1];
+        let floats = Numbers::<f32>::zeroed(len + LINE - 1);
         let from = floats.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE - 1);
         Self { floats, from }
     }

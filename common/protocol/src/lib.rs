@@ -16,6 +16,7 @@ pub mod layout;
 pub mod limits;
 pub mod member;
 pub mod messages;
+pub mod pages;
 pub mod plan;
 pub mod session;
 pub mod strategy;

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{Hash, TaskId};
 use crate::limits::UPDATES_MAX;
 use crate::messages::Refusal;
+use crate::pages::Numbers;
 
 /// The arithmetic of a sum. Part of the plan's hash. [`Ring::new`] checks it, and so does reading one.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -427,7 +428,7 @@ pub struct Sum {
 /// says.
 #[derive(Clone, PartialEq)]
 struct Group {
-    cells: Vec<u64>,
+    cells: Numbers<u64>,
     weight: u64,
 }
 
@@ -467,7 +468,7 @@ impl Sum {
     #[must_use]
     pub fn new(ring: Ring, parameters: usize) -> Self {
         assert_eq!(ring.check(), Ok(()), "a ring is made by its constructors");
-        let group = Group { cells: vec![0; parameters], weight: 0 };
+        let group = Group { cells: Numbers::zeroed(parameters), weight: 0 };
         Self { ring, tasks: BTreeSet::new(), group, torn: false }
     }
 
@@ -587,7 +588,7 @@ impl core::fmt::Debug for Sum {
 impl Group {
     fn merge(&mut self, other: &Self) {
         self.weight += other.weight;
-        for (cell, theirs) in self.cells.iter_mut().zip(&other.cells) {
+        for (cell, theirs) in self.cells.iter_mut().zip(other.cells.iter()) {
             *cell = cell.wrapping_add(*theirs);
         }
     }
@@ -730,7 +731,7 @@ mod tests {
     #[test]
     fn the_worked_example_holds() {
         let sum = sum_of(Ring::weighted(), &[(1, 3, vec![0.5]), (2, 1, vec![-0.25])]);
-        assert_eq!(sum.group.cells, [10_485_760]);
+        assert_eq!(*sum.group.cells, [10_485_760]);
         assert_eq!(sum.mean().unwrap().collect::<Vec<_>>(), [0.3125]);
         assert_eq!((sum.weight(), sum.parameters(), sum.tasks().len()), (4, 1, 2));
     }
