@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::{ConnectError as QuicConnectError, EndpointConfig, TokioRuntime};
+use quinn::{ConnectError as QuicConnectError, EndpointConfig, TokioRuntime, TransportConfig};
 use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::CertificateDer;
 use tokio::task::JoinSet;
@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use crate::close::{CloseCode, Ended};
 use crate::connection::Connection;
 use crate::limits;
+use crate::path::Path;
 use crate::server::{take_long_datagrams, transport_config};
 use crate::socket::{MeteredSocket, Tap, Taps, Traffic, TrafficTotals};
 use crate::tls::{self, Alpn, PinnedCa, SetupError, TlsIdentity};
@@ -112,9 +113,11 @@ impl Client {
         let mut attempts = JoinSet::new();
         let addresses = target.addresses.iter().take(limits::ADDRESSES_MAX).zip(0..);
         for (address, place) in addresses {
+            let mut config = config.clone();
+            config.transport_config(Arc::new(self.transport(Path::to(*address))));
             let attempt = Attempt {
                 endpoint: self.endpoint.clone(),
-                config: config.clone(),
+                config,
                 address: *address,
                 server_name: target.server_name.clone(),
             };
@@ -159,11 +162,13 @@ impl Client {
             }
         };
         let crypto = tls::client_config(check, target.identity.as_ref(), target.alpn, provider)?;
-        let mut transport = transport_config(0);
+        Ok((quinn::ClientConfig::new(Arc::new(crypto)), verifier))
+    }
+
+    fn transport(&self, path: Path) -> TransportConfig {
+        let mut transport = transport_config(0, path);
         transport.keep_alive_interval(Some(self.keep_alive)).initial_rtt(limits::FIRST_RTT);
-        let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-        config.transport_config(Arc::new(transport));
-        Ok((config, verifier))
+        transport
     }
 
     fn connected(&self, connection: quinn::Connection, verifier: &Verifier) -> Result<Connected, ConnectError> {

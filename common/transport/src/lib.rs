@@ -14,6 +14,7 @@ mod close;
 mod connection;
 mod frame;
 pub mod limits;
+mod path;
 mod server;
 mod socket;
 mod stream;

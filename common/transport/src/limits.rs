@@ -56,8 +56,11 @@ pub const SEND_WINDOW_BYTES: u64 = 2 << 20;
 /// call, each acknowledgement and each packet's keys are spent on. Longer ones would not leave at all.
 pub const DATAGRAM_BYTES_MAX: u16 = 6_550;
 
-/// When a path is searched for longer datagrams again, after it was found how long they may be. On an ordinary network
-/// a search is two dozen datagrams that do not arrive.
+/// The longest UDP payload that is tried where the link carries 1,500 bytes or less: what is left of them beside the headers of
+/// IPv6 and UDP. Trying longer ones would be two dozen datagrams that do not arrive.
+pub const ORDINARY_DATAGRAM_BYTES: u16 = 1_500 - 40 - 8;
+
+/// When a path is searched for longer datagrams again, after it was found how long they may be.
 pub const PATH_SEARCH_INTERVAL: Duration = Duration::from_secs(3_600);
 
 /// The longest UDP payload over IPv4: what a batch of datagrams must fit in, sent or received.

@@ -7,8 +7,8 @@
 
 use std::fmt;
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
@@ -28,6 +28,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 use crate::close::{CloseCode, Ended};
 use crate::connection::Connection;
 use crate::limits;
+use crate::path::Path;
 use crate::socket::{MeteredSocket, Tap, Taps, Traffic, TrafficTotals};
 use crate::tls::{self, Alpn, SetupError, TlsIdentity};
 
@@ -99,6 +100,7 @@ impl fmt::Debug for ResetKeys {
 #[derive(Debug)]
 pub struct Server {
     endpoint: quinn::Endpoint,
+    configs: RwLock<Configs>,
     ca: CertificateDer<'static>,
     strict_pq: bool,
     connections_max: usize,
@@ -112,7 +114,7 @@ pub struct Server {
 impl Server {
     /// Binds the socket and begins to listen. Must be called within a tokio runtime.
     pub fn bind(options: ServerOptions) -> Result<Self, SetupError> {
-        let crypto = tls::server_config(&options.ca, &options.identity, options.strict_pq)?;
+        let configs = Configs::new(tls::server_config(&options.ca, &options.identity, options.strict_pq)?);
         let address = options.listen;
         let bind = |source| SetupError::Bind { address, source };
         let socket = UdpSocket::bind(address).map_err(bind)?;
@@ -120,13 +122,14 @@ impl Server {
         let socket = MeteredSocket::new(socket, traffic.clone(), options.taps.datagrams).map_err(bind)?;
         let endpoint = quinn::Endpoint::new_with_abstract_socket(
             endpoint_config(&options.reset_keys),
-            Some(quic_config(crypto)),
+            Some(configs.any()),
             Arc::new(socket),
             Arc::new(TokioRuntime),
         )
         .map_err(bind)?;
         Ok(Self {
             endpoint,
+            configs: RwLock::new(configs),
             ca: options.ca,
             strict_pq: options.strict_pq,
             connections_max: options.connections_max,
@@ -155,8 +158,9 @@ impl Server {
 
     /// Presents another certificate from now on: renewal. Connections that stand are left alone.
     pub fn set_identity(&self, identity: &TlsIdentity) -> Result<(), SetupError> {
-        let crypto = tls::server_config(&self.ca, identity, self.strict_pq)?;
-        self.endpoint.set_server_config(Some(quic_config(crypto)));
+        let configs = Configs::new(tls::server_config(&self.ca, identity, self.strict_pq)?);
+        self.endpoint.set_server_config(Some(configs.any()));
+        *self.configs.write().unwrap_or_else(PoisonError::into_inner) = configs;
         Ok(())
     }
 
@@ -203,9 +207,11 @@ impl Server {
             incoming.refuse();
             return None;
         };
+        let remote_address = incoming.remote_address();
+        let config = self.configs.read().unwrap_or_else(PoisonError::into_inner).over(Path::to(remote_address));
         Some(Handshake {
-            remote_address: incoming.remote_address(),
-            connecting: incoming.accept(),
+            remote_address,
+            connecting: incoming.accept_with(config),
             tap: self.stream_tap.clone(),
             _permit: permit,
         })
@@ -313,22 +319,49 @@ fn failed(error: ConnectionError) -> HandshakeError {
     HandshakeError::Failed(error.into())
 }
 
-fn quic_config(crypto: QuicServerConfig) -> quinn::ServerConfig {
-    let mut tokens = ValidationTokenConfig::default();
-    tokens.sent(0);
-    let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-    config
-        .transport_config(Arc::new(transport_config(limits::BIDI_STREAMS_MAX)))
-        .validation_token_config(tokens)
-        .max_incoming(limits::INCOMING_MAX)
-        .incoming_buffer_size(limits::INCOMING_BUFFER_BYTES)
-        .incoming_buffer_size_total(limits::INCOMING_BUFFER_BYTES_TOTAL);
-    config
+/// What connections begin with, by the path that they come over.
+#[derive(Debug)]
+struct Configs {
+    kernel: Arc<quinn::ServerConfig>,
+    ordinary: Arc<quinn::ServerConfig>,
+    wide: Arc<quinn::ServerConfig>,
+}
+
+impl Configs {
+    fn new(crypto: QuicServerConfig) -> Self {
+        let mut tokens = ValidationTokenConfig::default();
+        tokens.sent(0);
+        let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+        config
+            .validation_token_config(tokens)
+            .max_incoming(limits::INCOMING_MAX)
+            .incoming_buffer_size(limits::INCOMING_BUFFER_BYTES)
+            .incoming_buffer_size_total(limits::INCOMING_BUFFER_BYTES_TOTAL);
+        let over = |path| {
+            let mut config = config.clone();
+            config.transport_config(Arc::new(transport_config(limits::BIDI_STREAMS_MAX, path)));
+            Arc::new(config)
+        };
+        Self { kernel: over(Path::Kernel), ordinary: over(Path::Ordinary), wide: over(Path::Wide) }
+    }
+
+    fn over(&self, path: Path) -> Arc<quinn::ServerConfig> {
+        Arc::clone(match path {
+            Path::Kernel => &self.kernel,
+            Path::Ordinary => &self.ordinary,
+            Path::Wide => &self.wide,
+        })
+    }
+
+    /// What an endpoint holds for connections that nobody looked at.
+    fn any(&self) -> quinn::ServerConfig {
+        (*self.wide).clone()
+    }
 }
 
 /// The bounds of a connection on either side; only the client keeps it alive, and only it opens the
 /// control stream.
-pub(crate) fn transport_config(bidi_streams_max: u32) -> TransportConfig {
+pub(crate) fn transport_config(bidi_streams_max: u32, path: Path) -> TransportConfig {
     let mut config = TransportConfig::default();
     let idle = VarInt::from_u32(limits::IDLE_TIMEOUT_MS).into();
     let mut congestion = CubicConfig::default();
@@ -342,11 +375,14 @@ pub(crate) fn transport_config(bidi_streams_max: u32) -> TransportConfig {
         .crypto_buffer_size(limits::CRYPTO_BUFFER_BYTES)
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(None)
-        .mtu_discovery_config(Some(path_search()))
+        .mtu_discovery_config(Some(path_search(path)))
         .ack_frequency_config(Some(acknowledgements()))
         .congestion_controller_factory(Arc::new(congestion))
         .datagram_receive_buffer_size(None)
         .datagram_send_buffer_size(0);
+    if let Some(bytes) = path.first_bytes() {
+        config.initial_mtu(bytes);
+    }
     config
 }
 
@@ -357,10 +393,14 @@ fn acknowledgements() -> AckFrequencyConfig {
     config
 }
 
-/// Every path is begun with datagrams that all networks carry, and searched for how long they may be.
-fn path_search() -> MtuDiscoveryConfig {
+/// A network is begun with datagrams that all of them carry, and searched for how long they may be, as far as its link goes.
+/// What was taken for none, and loses long datagrams, is searched at once.
+fn path_search(path: Path) -> MtuDiscoveryConfig {
     let mut search = MtuDiscoveryConfig::default();
-    search.upper_bound(limits::DATAGRAM_BYTES_MAX).interval(limits::PATH_SEARCH_INTERVAL);
+    search.upper_bound(path.longest_bytes()).interval(limits::PATH_SEARCH_INTERVAL);
+    if path == Path::Kernel {
+        search.black_hole_cooldown(Duration::ZERO);
+    }
     search
 }
 
