@@ -596,6 +596,7 @@ impl Peer {
             received = self.receive(&mut stream, opener, declared, part) => received,
             _ = stop => return stream.stop(CloseCode::Done),
         };
+        stream.close();
         self.say(FromConn::Received(number, task, received)).await;
     }
 

@@ -160,6 +160,7 @@ pub(crate) async fn download(
         hasher.update(opened.plaintext);
         bytes.extend_from_slice(opened.plaintext);
     }
+    stream.close();
     check(content, bytes.len() as u64, hasher.finalize().into())?;
     Ok(bytes)
 }

@@ -5,6 +5,9 @@
 //! until then they are bounded. Reading is cancel-safe: what has come stays in the half until the rest
 //! of the frame or record is there too.
 
+use std::pin::pin;
+use std::task::{Context, Waker};
+
 use bytes::{Bytes, BytesMut};
 use quinn::{ReadError, StoppedError, VarInt, WriteError};
 
@@ -71,7 +74,7 @@ impl SendStream {
     }
 }
 
-/// The half of a stream that we read. Dropped, it tells the peer to stop.
+/// The half of a stream that we read. Dropped before its end was seen, it tells the peer to stop.
 #[derive(Debug)]
 pub struct RecvStream {
     inner: quinn::RecvStream,
@@ -112,6 +115,14 @@ impl RecvStream {
         self.pending.clear();
         self.tapped(record);
         Ok(true)
+    }
+
+    /// Says that nothing more is waited for. The end of a stream mostly comes with its last bytes: once it was seen, the peer
+    /// need not be told to stop, which takes a packet and a wake-up of its own.
+    pub fn close(mut self) {
+        let mut rest = pin!(self.inner.read_chunk(1, true));
+        // Whether it is the end, more, or nothing yet: what is dropped now is the same.
+        let _ = rest.as_mut().poll(&mut Context::from_waker(Waker::noop()));
     }
 
     /// Tells the peer that nothing more will be read.

@@ -427,6 +427,25 @@ async fn a_read_that_was_given_up_halfway_loses_nothing() {
     assert_eq!(buffer, whole);
 }
 
+/// On one thread what is written and ended in one go leaves in one datagram.
+#[tokio::test]
+async fn a_stream_whose_end_came_with_its_last_record_is_read_to_its_end() {
+    let pair = pair().await;
+    for ends in [true, false] {
+        let mut send = pair.near.connection.open_uni().await.unwrap();
+        send.write_record(record(2, 100, 0)).await.unwrap();
+        if ends {
+            send.finish().unwrap();
+        }
+        let mut receive = soon(pair.far.connection.accept_uni()).await.unwrap();
+        let mut buffer = BytesMut::new();
+        assert_eq!(soon(receive.read_record(&mut buffer)).await, Ok(true));
+        receive.close();
+        let told = soon(send.delivered()).await;
+        assert_eq!(told, if ends { Ok(()) } else { Err(StreamError::Stopped(0)) });
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_stops_reading_or_closes_is_named() {
     let pair = pair().await;
