@@ -115,7 +115,9 @@ pub struct Joined {
 pub enum Saying {
     /// A message.
     Message(ToWorker),
-    /// A receipt, to be signed.
+    /// A receipt that is to be said when its commit is durable: signing it takes longer than all else that is done with it.
+    Foreseen(Receipt),
+    /// A receipt.
     Receipt(Receipt),
     /// A content, on a stream of its own.
     Content(Arc<Content>),
@@ -757,6 +759,8 @@ struct Voice {
     sealer: Sealer,
     downloads: JoinSet<()>,
     unhurried: Vec<ToWorker>,
+    /// A receipt that was signed ahead of its commit, and may not be said before.
+    foreseen: Option<Box<(Receipt, ToWorker)>>,
     /// Since when the first of them waits.
     since: Instant,
     /// What is sealed and not written.
@@ -769,7 +773,8 @@ struct Mute(CloseCode, String);
 impl Voice {
     fn new(peer: Peer, send: SendStream, sealer: Sealer) -> Self {
         let (unhurried, out) = (Vec::new(), Vec::new());
-        Self { peer, send, sealer, downloads: JoinSet::new(), unhurried, since: Instant::now(), out }
+        let (downloads, since) = (JoinSet::new(), Instant::now());
+        Self { peer, send, sealer, downloads, unhurried, foreseen: None, since, out }
     }
 
     /// Says what is to be said, in order, and then goodbye.
@@ -831,8 +836,14 @@ impl Voice {
             // Never later than the next task: were it lost in a crash, only the receipt of the last round is given again.
             Saying::Receipt(receipt) => {
                 self.hurry()?;
-                let message = self.peer.signed(&receipt);
+                let foreseen = self.foreseen.take().filter(|foreseen| foreseen.0 == receipt);
+                let message = foreseen.map_or_else(|| self.peer.signed(&receipt), |foreseen| foreseen.1);
                 self.seal(&message)
+            }
+            Saying::Foreseen(receipt) => {
+                let message = self.peer.signed(&receipt);
+                self.foreseen = Some(Box::new((receipt, message)));
+                Ok(())
             }
             Saying::Message(message) => {
                 self.hurry()?;

@@ -10,7 +10,8 @@
 use std::collections::VecDeque;
 
 use protocol::federation::{Act, Event, EventNo, Federation, Gate, Input, Notice, Output, Pause};
-use protocol::ids::Time;
+use protocol::ids::{ConnId, Time};
+use protocol::messages::Receipt;
 
 use crate::workshop::Job;
 
@@ -26,6 +27,8 @@ pub enum Effect {
     Tell(Event),
     /// For connections and the process. What the workshop does of an act comes as a job after it.
     Act(Act),
+    /// For the worker's connection: this receipt follows once the disk has answered, and can be signed until then.
+    Foresee(ConnId, Receipt),
 }
 
 /// A machine, and what waits for the disk.
@@ -73,11 +76,7 @@ impl Core {
             }
             match self.machine.poll() {
                 Output::Append(event) => self.append(event),
-                Output::Act { after, act } => {
-                    if let Some(act) = self.gates.hold(after, act) {
-                        self.release(act);
-                    }
-                }
+                Output::Act { after, act } => self.hold(after, act),
                 Output::Wait(alarm) => {
                     self.alarm = alarm;
                     let no = self.gates.sync()?;
@@ -117,6 +116,18 @@ impl Core {
             self.ready.push_back(Effect::Job(Job::Append(event.clone())));
         }
         self.gates.append(event);
+    }
+
+    /// Does an act, or keeps it until its gate opens.
+    fn hold(&mut self, after: Gate, act: Act) {
+        let foreseen = match &act {
+            Act::Receipt { conn, receipt } => Some(Effect::Foresee(*conn, *receipt)),
+            _ => None,
+        };
+        match self.gates.hold(after, act) {
+            Some(act) => self.release(act),
+            None => self.ready.extend(foreseen),
+        }
     }
 
     /// Does what the workshop does of an act, and hands on what others do of it.
@@ -313,6 +324,21 @@ mod tests {
         core.synced(EventNo(5));
         assert_eq!(syncs(&mut core), [0; 0]);
         assert!(core.is_durable());
+    }
+
+    #[test]
+    fn a_receipt_that_waits_for_the_disk_is_foreseen_before_the_disk_is_asked_and_said_after_it() {
+        let mut core = core();
+        let hash = protocol::ids::Hash([1; 32]);
+        let (run, worker, task) = (RunId([1; 16]), WorkerId([1; 16]), protocol::ids::TaskId(7));
+        let receipt = Receipt { run, worker, task, hash, round: 1, model_hash: hash };
+        core.gates.append(commit());
+        core.hold(Gate::Synced(EventNo(1)), Act::Receipt { conn: ALICE, receipt });
+        let effects: Vec<Effect> = std::iter::from_fn(|| core.next()).collect();
+        assert!(matches!(effects[..], [Effect::Foresee(ALICE, _), Effect::Job(Job::Sync(_))]), "{effects:?}");
+        core.synced(EventNo(1));
+        let effects: Vec<Effect> = std::iter::from_fn(|| core.next()).collect();
+        assert!(matches!(effects[..], [Effect::Tell(_), Effect::Act(Act::Receipt { .. })]), "{effects:?}");
     }
 
     #[test]

@@ -345,6 +345,7 @@ impl Fleet {
                     Effect::Job(job) => self.job(job),
                     Effect::Tell(event) => self.tell(event),
                     Effect::Act(act) => self.act(act),
+                    Effect::Foresee(conn, receipt) => self.say(conn, Saying::Foreseen(receipt)),
                 }
             }
             let Some(conn) = self.deaf.pop() else { return self.world.show.flush() };

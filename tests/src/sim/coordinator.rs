@@ -281,6 +281,8 @@ impl World {
                 Effect::Job(job) => self.job(job),
                 Effect::Tell(event) => self.told(&event),
                 Effect::Act(act) => self.act(act),
+                // Connections here sign nothing.
+                Effect::Foresee(..) => {}
             }
             if self.failure.is_some() {
                 return;
