@@ -96,15 +96,17 @@ impl Sides {
     /// Measures one side after another, so often, and once more before that.
     fn measure(mut self, repetitions: usize, aim_ms: f64, report: &mut Report) -> Result<()> {
         let (mut memory, mut disk) = (Taken::default(), Taken::default());
-        let [mut append, mut echo, mut flower] = [(); 3].map(|()| Samples::default());
+        let [mut append, mut echo, mut flower, mut rested] = [(); 4].map(|()| Samples::default());
         for repetition in 0..=repetitions {
             let counts = repetition > 0;
             self.memory.rounds(counts.then_some(&mut memory))?;
             if let (Some(fleet), Some(directory)) = (&mut self.disk, &self.append) {
                 let bytes = fleet.rounds(counts.then_some(&mut disk))?;
-                let seconds = append_and_sync(directory, bytes)?;
+                let seconds = append_and_sync(directory, bytes, Duration::ZERO)?;
+                let later = append_and_sync(directory, bytes, Duration::from_millis(1))?;
                 if counts {
                     append.add(seconds.median());
+                    rested.add(later.median());
                 }
             }
             let seconds = self.echo.rounds(ROUNDS)?.median();
@@ -113,7 +115,7 @@ impl Sides {
             }
             self.ask_flower(&mut flower, counts, report);
         }
-        self.tell(&[memory, disk], &[append, echo, flower], aim_ms, report);
+        self.tell(&[memory, disk], &[append, echo, flower, rested], aim_ms, report);
         Ok(())
     }
 
@@ -130,9 +132,9 @@ impl Sides {
         }
     }
 
-    fn tell(&self, [memory, disk]: &[Taken; 2], rest: &[Samples; 3], aim_ms: f64, report: &mut Report) {
-        let [append, echo, flower] = rest;
-        let reason = self.reason(memory, echo);
+    fn tell(&self, [memory, disk]: &[Taken; 2], rest: &[Samples; 4], aim_ms: f64, report: &mut Report) {
+        let [append, echo, flower, rested] = rest;
+        let reason = self.reason(memory, echo, rested);
         let mut add =
             |name: &str, ours: &Samples, theirs: Option<(&'static str, &Samples)>, ratio: Samples, aim: Aim| {
                 let theirs = theirs.map(|(name, samples)| (name, ms(samples)));
@@ -162,7 +164,7 @@ impl Sides {
 
     /// What a round costs that no arrangement spares.
     #[allow(clippy::cast_precision_loss)] // a handful
-    fn reason(&self, memory: &Taken, echo: &Samples) -> String {
+    fn reason(&self, memory: &Taken, echo: &Samples, rested: &Samples) -> String {
         let us = |seconds: f64| number(seconds * 1e6);
         let Processor { coordinator, workers, rounds } = memory.processor;
         let all = (coordinator + workers) / rounds.max(1.0);
@@ -174,7 +176,8 @@ impl Sides {
             "a round takes {} µs of processor time in {} processes ({} the coordinator, {} each worker), on {cores} cores \
              no less than {} µs of a clock's; {} µs of them are the {} Ed25519 signatures of manifests and receipts, \
              made and verified, as timed alone; the same messages with bare QUIC take {} µs; to wake a sleeping thread takes \
-             {} µs, which a datagram does to its receiver, and a sync on disk twice",
+             {} µs, which a datagram does to its receiver, and a sync on disk twice; an append with its fdatasync takes {} µs \
+             if the disk had nothing to do for 1 ms before, as between two commits",
             us(all),
             self.workers + 1,
             us(coordinator / rounds.max(1.0)),
@@ -184,6 +187,7 @@ impl Sides {
             2 * self.workers,
             us(echo.median()),
             us(wake_seconds()),
+            if rested.len() > 0 { us(rested.median()) } else { "an unknown number of".to_owned() },
         )
     }
 }
@@ -199,12 +203,13 @@ fn flower_rounds(rival: &mut Rival) -> Result<f64> {
     Ok(Samples::from(seconds.iter().filter_map(serde_json::Value::as_f64).collect::<Vec<f64>>()).median())
 }
 
-/// Seconds of single appends of so many bytes to a growing file, each with its fdatasync.
-fn append_and_sync(directory: &Path, bytes: usize) -> Result<Samples> {
+/// Seconds of single appends of so many bytes to a growing file, each with its fdatasync, and each after a pause.
+fn append_and_sync(directory: &Path, bytes: usize, pause: Duration) -> Result<Samples> {
     let file = tempfile::NamedTempFile::new_in(directory)?;
     let mut file = OpenOptions::new().append(true).open(file.path())?;
     let (record, mut seconds) = (vec![7; bytes], Samples::default());
     for _ in 0..APPENDS {
+        thread::sleep(pause);
         let began = Instant::now();
         file.write_all(&record)?;
         file.sync_data()?;
