@@ -13,6 +13,7 @@ use std::io;
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -488,7 +489,11 @@ impl Shell {
             Happening::Trainer(report) => self.take_in_trainer(report)?,
             Happening::Tick => self.tell(Input::Tick),
             Happening::Pulse => self.beat(self.offered),
-            Happening::Leisure => self.read_receipts()?,
+            Happening::Leisure => {
+                // Nor does anybody wait for it who shares this core: another worker's offer goes first.
+                thread::yield_now();
+                self.read_receipts()?;
+            }
             Happening::Stop => {
                 self.read_receipts()?;
                 self.tell(Input::Stop);
