@@ -642,7 +642,7 @@ impl Workshop {
         let mean = sum.mean().map_err(|error| WorkshopError::Unusable(error.to_string()))?;
         // Nobody else has it by now: the store has written it, and what is streamed is the sealed copy.
         let (model, _) = Arc::make_mut(&mut self.model).as_chunks_mut();
-        let stepped = step(&self.plan.learning, server, model, mean);
+        let stepped = step(&self.plan.learning, server, model, mean, sum.mean_max());
         sum.clear();
         if let Err(error) = stepped {
             self.say(Done::Learned(Input::StepFailed { round, sentence: error.to_string() }));

@@ -98,7 +98,8 @@ fn velocities(learning: &LearningPlan, parameters: usize) -> usize {
     if train.mode == Mode::Gradient && train.momentum != 0.0 { parameters } else { 0 }
 }
 
-/// Takes one step: `model`, raw little-endian `f32` in layout order, becomes the next one, in place.
+/// Takes one step: `model`, raw little-endian `f32` in layout order, becomes the next one, in place. No mean is larger than
+/// `mean_max`, which may be infinite.
 ///
 /// # Errors
 /// If a result is not finite, sizes differ, or the mode has no step. Nothing is changed then.
@@ -107,25 +108,33 @@ pub fn step(
     state: &mut ServerState,
     model: &mut [[u8; 4]],
     mean: impl ExactSizeIterator<Item = f64> + Clone,
+    mean_max: f64,
 ) -> Result<(), StepError> {
     let train = &learning.train;
     check_length("mean", mean.len(), model.len())?;
     match (train.mode, learning.strategy) {
-        (Mode::Federated, Strategy::FedAvg) => apply(model, mean, |w, mean| w + mean),
-        (Mode::Gradient, _) if train.momentum == 0.0 => apply(model, mean, |w, mean| w - train.learning_rate * mean),
+        (Mode::Federated, Strategy::FedAvg) => apply(model, mean, mean_max, |w, mean| w + mean),
+        (Mode::Gradient, _) if train.momentum == 0.0 => {
+            apply(model, mean, train.learning_rate * mean_max, |w, mean| w - train.learning_rate * mean)
+        }
         (Mode::Gradient, _) => descend(train.learning_rate, train.momentum, &mut state.velocity, model, mean),
         (Mode::Central, _) => Err(StepError::NoStep),
     }
 }
 
-/// `w ← next(w, mean)`.
+/// `w ← next(w, mean)`, which is at most `reach` away from `w`. Where that cannot leave the range of `f32`, no result is looked
+/// at before it is taken.
 fn apply(
     model: &mut [[u8; 4]],
     mean: impl Iterator<Item = f64> + Clone,
+    reach: f64,
     next: impl Fn(f64, f64) -> f64,
 ) -> Result<(), StepError> {
     let stepped = |w: [u8; 4], mean: f64| to_f32(next(f64::from(f32::from_le_bytes(w)), mean));
-    check_finite(model.iter().zip(mean.clone()).map(|(&w, mean)| stepped(w, mean)))?;
+    let in_range = largest(model) + reach < f64::from(f32::MAX / 2.0);
+    if !in_range {
+        check_finite(model.iter().zip(mean.clone()).map(|(&w, mean)| stepped(w, mean)))?;
+    }
     for (w, mean) in model.iter_mut().zip(mean) {
         *w = stepped(*w, mean).to_le_bytes();
     }
@@ -153,6 +162,13 @@ fn descend(
         *w = next.to_le_bytes();
     }
     Ok(())
+}
+
+/// The largest magnitude; infinite or NaN if a number is.
+fn largest(model: &[[u8; 4]]) -> f64 {
+    // Bits of magnitudes are in the order of what they mean, NaN last.
+    let bits = model.iter().fold(0, |most: u32, w| most.max(f32::from_le_bytes(*w).abs().to_bits()));
+    f64::from(f32::from_bits(bits))
 }
 
 fn check_length(what: &'static str, got: usize, expected: usize) -> Result<(), StepError> {
@@ -187,7 +203,9 @@ mod tests {
 
     fn stepped(learning: &LearningPlan, model: &[f32], means: &[&[f64]]) -> Result<Vec<f32>, StepError> {
         let (mut state, mut model) = (ServerState::new(learning, model.len()), raw(model));
-        means.iter().try_for_each(|mean| step(learning, &mut state, &mut model, mean.iter().copied()))?;
+        means
+            .iter()
+            .try_for_each(|mean| step(learning, &mut state, &mut model, mean.iter().copied(), f64::INFINITY))?;
         Ok(model.into_iter().map(f32::from_le_bytes).collect())
     }
 
@@ -229,7 +247,7 @@ mod tests {
         }
         let learning = plan(Mode::Federated, 0.5, 0.0);
         let (mut state, mut model) = (ServerState::new(&learning, 1), raw(&[1.0]));
-        step(&learning, &mut state, &mut model, sum.mean().unwrap()).unwrap();
+        step(&learning, &mut state, &mut model, sum.mean().unwrap(), sum.mean_max()).unwrap();
         assert_eq!(model, raw(&[1.3125]));
     }
 
@@ -238,16 +256,35 @@ mod tests {
         let learning = plan(Mode::Gradient, 1e30, 0.5);
         let mut state = ServerState::new(&learning, 2);
         let mut model = raw(&[1.0, 1.0]);
-        step(&learning, &mut state, &mut model, [1.0, 1.0].into_iter()).unwrap();
+        step(&learning, &mut state, &mut model, [1.0, 1.0].into_iter(), f64::INFINITY).unwrap();
         let before = (state.clone(), model.clone());
         for bad in [[0.0, 1e30], [f64::NAN, 0.0], [0.0, f64::INFINITY], [0.0, -1e39]] {
-            assert_eq!(step(&learning, &mut state, &mut model, bad.into_iter()), Err(StepError::NotFinite));
+            assert_eq!(
+                step(&learning, &mut state, &mut model, bad.into_iter(), f64::INFINITY),
+                Err(StepError::NotFinite)
+            );
             assert_eq!((state.clone(), model.clone()), before);
         }
         let fedavg = plan(Mode::Federated, 0.5, 0.0);
-        let mut model = raw(&[f32::MAX, 0.0]);
-        assert_eq!(step(&fedavg, &mut state, &mut model, [1e38, 1.0].into_iter()), Err(StepError::NotFinite));
-        assert_eq!(model, raw(&[f32::MAX, 0.0]));
+        for first in [f32::MAX, f32::NEG_INFINITY, f32::NAN] {
+            for mean_max in [1e38, f64::INFINITY] {
+                let mut model = raw(&[first, 0.0]);
+                let stepped = step(&fedavg, &mut state, &mut model, [1e38, 1.0].into_iter(), mean_max);
+                assert_eq!((stepped, model), (Err(StepError::NotFinite), raw(&[first, 0.0])));
+            }
+        }
+    }
+
+    #[test]
+    fn a_bound_of_the_means_changes_no_bit() {
+        let fedavg = plan(Mode::Federated, 0.5, 0.0);
+        let (start, mean) = (raw(&[1.5, -0.0, -3e38, 1e-45]), [0.1, 0.0, 1e30, -0.1]);
+        let next = |mean_max: f64| {
+            let (mut state, mut model) = (ServerState::new(&fedavg, 4), start.clone());
+            step(&fedavg, &mut state, &mut model, mean.into_iter(), mean_max).map(|()| model)
+        };
+        assert_eq!(next(1e30), next(f64::INFINITY));
+        assert!(next(1e30).is_ok());
     }
 
     #[test]
@@ -262,8 +299,11 @@ mod tests {
         let wrong = |what, got| Err(StepError::Length { what, got, expected: 2 });
         let mut model = raw(&[0.0, 0.0]);
         let mut state = ServerState::new(&learning, 3);
-        assert_eq!(step(&learning, &mut state, &mut model, [0.0].into_iter()), wrong("mean", 1));
-        assert_eq!(step(&learning, &mut state, &mut model, [0.0; 2].into_iter()), wrong("server's state", 3));
+        assert_eq!(step(&learning, &mut state, &mut model, [0.0].into_iter(), f64::INFINITY), wrong("mean", 1));
+        assert_eq!(
+            step(&learning, &mut state, &mut model, [0.0; 2].into_iter(), f64::INFINITY),
+            wrong("server's state", 3)
+        );
         assert_eq!(stepped(&plan(Mode::Central, 0.1, 0.0), &[0.0], &[&[0.0]]), Err(StepError::NoStep));
     }
 
@@ -290,9 +330,9 @@ mod tests {
             let mut state = ServerState::new(&learning, 3);
             let mut checkpoint = state.to_bytes();
             for mean in &means {
-                step(&learning, &mut state, &mut model, mean.iter().copied()).unwrap();
+                step(&learning, &mut state, &mut model, mean.iter().copied(), f64::INFINITY).unwrap();
                 let mut restored = ServerState::from_bytes(&learning, 3, &checkpoint).unwrap();
-                step(&learning, &mut restored, &mut again, mean.iter().copied()).unwrap();
+                step(&learning, &mut restored, &mut again, mean.iter().copied(), f64::INFINITY).unwrap();
                 checkpoint = restored.to_bytes();
                 prop_assert_eq!(&model, &again);
                 prop_assert_eq!(state.to_bytes(), checkpoint.clone());

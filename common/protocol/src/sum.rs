@@ -530,6 +530,12 @@ impl Sum {
         Ok(self.group.cells.iter().map(move |cell| cell.cast_signed() as f64 / divisor))
     }
 
+    /// What no number of [`Sum::mean`] is larger than, whatever was added.
+    #[must_use]
+    pub fn mean_max(&self) -> f64 {
+        -(i64::MIN as f64) / self.ring.unit()
+    }
+
     /// Empties it, keeping its memory for the next round. Also mends a torn one.
     pub fn clear(&mut self) {
         self.tasks.clear();

@@ -732,7 +732,7 @@ fn fedavg(assigned: &Assigned, base: &[u8], updates: &[(TaskId, u32, Vec<u8>)]) 
     let mean: Vec<f64> = sum.mean().unwrap().collect();
     let learning = protocol::plan::LearningPlan::default();
     let mut state = protocol::strategy::ServerState::new(&learning, model.len());
-    protocol::strategy::step(&learning, &mut state, &mut model, mean.into_iter()).unwrap();
+    protocol::strategy::step(&learning, &mut state, &mut model, mean.into_iter(), f64::INFINITY).unwrap();
     model_hasher(&assigned.layout).update(model.as_flattened()).finalize().into()
 }
 
