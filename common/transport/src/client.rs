@@ -17,7 +17,7 @@ use crate::connection::Connection;
 use crate::limits;
 use crate::path::Path;
 use crate::server::{take_long_datagrams, transport_config};
-use crate::socket::{MeteredSocket, Tap, Taps, Traffic, TrafficTotals};
+use crate::socket::{Crowd, MeteredSocket, Tap, Taps, Traffic, TrafficTotals};
 use crate::tls::{self, Alpn, PinnedCa, SetupError, TlsIdentity};
 
 /// How to connect, whatever the server.
@@ -92,7 +92,8 @@ impl Client {
         // An IPv6 socket reaches IPv4 addresses too; there may be no IPv6 here.
         let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).or_else(|_| UdpSocket::bind(any)).map_err(bind)?;
         let traffic = Traffic::default();
-        let socket = MeteredSocket::new(socket, traffic.clone(), options.taps.datagrams).map_err(bind)?;
+        let socket =
+            MeteredSocket::new(socket, Crowd::default(), traffic.clone(), options.taps.datagrams).map_err(bind)?;
         let mut config = EndpointConfig::default();
         take_long_datagrams(&mut config);
         let endpoint =
@@ -172,7 +173,7 @@ impl Client {
     }
 
     fn connected(&self, connection: quinn::Connection, verifier: &Verifier) -> Result<Connected, ConnectError> {
-        let connection = Connection::new(connection, self.stream_tap.clone());
+        let connection = Connection::new(connection, self.stream_tap.clone(), None);
         let (Some(exporter), Some(ca)) = (connection.exporter(), verifier.ca()) else {
             connection.close(CloseCode::Internal, "TLS gave no exporter");
             return Err(ConnectError::Incomplete);

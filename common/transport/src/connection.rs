@@ -1,6 +1,7 @@
 //! A connection: its streams, its end, its figures.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::crypto::rustls::HandshakeData;
@@ -8,7 +9,7 @@ use rustls::pki_types::CertificateDer;
 
 use crate::close::{CloseCode, Ended};
 use crate::limits::REASON_BYTES_MAX;
-use crate::socket::Tap;
+use crate::socket::{Seat, Tap};
 use crate::stream::{RecvStream, SendStream};
 use crate::tls::{Alpn, EXPORTER_LABEL};
 
@@ -17,11 +18,13 @@ use crate::tls::{Alpn, EXPORTER_LABEL};
 pub struct Connection {
     inner: quinn::Connection,
     tap: Option<Tap>,
+    /// Held as long as the connection is.
+    _seat: Option<Arc<Seat>>,
 }
 
 impl Connection {
-    pub(crate) fn new(inner: quinn::Connection, tap: Option<Tap>) -> Self {
-        Self { inner, tap }
+    pub(crate) fn new(inner: quinn::Connection, tap: Option<Tap>, seat: Option<Seat>) -> Self {
+        Self { inner, tap, _seat: seat.map(Arc::new) }
     }
 
     /// Opens the control stream. The peer learns of it with the first bytes written.

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 /// Connections that a server holds by default, those still in the handshake or draining included: twice
-/// the updates of the largest round. An idle one costs 34 kB.
+/// the updates of the largest round. An idle one costs 45 kB.
 pub const CONNECTIONS_MAX: usize = 4_096;
 
 /// TLS handshakes that a server has in flight by default. A core does about 2,000 a second.
@@ -68,6 +68,9 @@ pub const BATCH_BYTES_MAX: usize = 65_507;
 
 /// Datagrams in a batch that quinn hands to the kernel.
 const BATCH_DATAGRAMS: usize = 10;
+
+/// Bytes that the batches of all of a server's connections may take that have long datagrams: as much as 64 of the longest.
+pub const BATCHES_BYTES_MAX: usize = 64 * BATCH_DATAGRAMS * DATAGRAM_BYTES_MAX as usize;
 
 /// Sent on a new connection before anything is acknowledged: five of the longest datagrams, or twenty-three ordinary
 /// ones, where Google's QUIC sends thirty-two. With the 12,000 bytes of RFC 9002 one probe of a search under way holds up

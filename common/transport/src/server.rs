@@ -29,7 +29,7 @@ use crate::close::{CloseCode, Ended};
 use crate::connection::Connection;
 use crate::limits;
 use crate::path::Path;
-use crate::socket::{MeteredSocket, Tap, Taps, Traffic, TrafficTotals};
+use crate::socket::{Crowd, MeteredSocket, Seat, Tap, Taps, Traffic, TrafficTotals};
 use crate::tls::{self, Alpn, SetupError, TlsIdentity};
 
 /// How to listen.
@@ -101,6 +101,7 @@ impl fmt::Debug for ResetKeys {
 pub struct Server {
     endpoint: quinn::Endpoint,
     configs: RwLock<Configs>,
+    crowd: Crowd,
     ca: CertificateDer<'static>,
     strict_pq: bool,
     connections_max: usize,
@@ -118,8 +119,9 @@ impl Server {
         let address = options.listen;
         let bind = |source| SetupError::Bind { address, source };
         let socket = UdpSocket::bind(address).map_err(bind)?;
-        let traffic = Traffic::default();
-        let socket = MeteredSocket::new(socket, traffic.clone(), options.taps.datagrams).map_err(bind)?;
+        let (crowd, traffic) = (Crowd::default(), Traffic::default());
+        let socket =
+            MeteredSocket::new(socket, crowd.clone(), traffic.clone(), options.taps.datagrams).map_err(bind)?;
         let endpoint = quinn::Endpoint::new_with_abstract_socket(
             endpoint_config(&options.reset_keys),
             Some(configs.any()),
@@ -130,6 +132,7 @@ impl Server {
         Ok(Self {
             endpoint,
             configs: RwLock::new(configs),
+            crowd,
             ca: options.ca,
             strict_pq: options.strict_pq,
             connections_max: options.connections_max,
@@ -208,11 +211,13 @@ impl Server {
             return None;
         };
         let remote_address = incoming.remote_address();
-        let config = self.configs.read().unwrap_or_else(PoisonError::into_inner).over(Path::to(remote_address));
+        let path = Path::to(remote_address);
+        let config = self.configs.read().unwrap_or_else(PoisonError::into_inner).over(path);
         Some(Handshake {
             remote_address,
             connecting: incoming.accept_with(config),
             tap: self.stream_tap.clone(),
+            seat: (path != Path::Ordinary).then(|| self.crowd.seat()),
             _permit: permit,
         })
     }
@@ -252,6 +257,7 @@ pub struct Handshake {
     remote_address: SocketAddr,
     connecting: Result<Connecting, ConnectionError>,
     tap: Option<Tap>,
+    seat: Option<Seat>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -269,7 +275,7 @@ impl Handshake {
             .await
             .map_err(|_| HandshakeError::TimedOut(limits::HANDSHAKE_TIMEOUT))?
             .map_err(failed)?;
-        let connection = Connection::new(connection, self.tap);
+        let connection = Connection::new(connection, self.tap, self.seat);
         let (Some(alpn), Some(exporter)) = (connection.alpn(), connection.exporter()) else {
             connection.close(CloseCode::Internal, "TLS agreed on no protocol");
             return Err(HandshakeError::NoProtocol);

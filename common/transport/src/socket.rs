@@ -8,13 +8,13 @@ use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 
 use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
 use quinn::{AsyncUdpSocket, Runtime as _, TokioRuntime, UdpPoller};
 
-use crate::limits::{BATCH_BYTES_MAX, DATAGRAM_BYTES_MAX, SOCKET_BUFFER_BYTES};
+use crate::limits::{BATCH_BYTES_MAX, BATCHES_BYTES_MAX, DATAGRAM_BYTES_MAX, SOCKET_BUFFER_BYTES};
 
 /// Which way bytes went, as seen from the endpoint whose tap it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -106,23 +106,54 @@ pub struct TrafficTotals {
     pub received_datagrams: u64,
 }
 
+/// Who may send the longest datagrams through a socket. quinn keeps room for a connection's longest batch for as long as
+/// it lives, ten datagrams: of a fleet each of whose workers had a model once, more than all the rest of a connection. So
+/// the more there are, the shorter are their batches, and all together never take more than [`BATCHES_BYTES_MAX`] until
+/// each has one datagram.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Crowd(Arc<AtomicUsize>);
+
+/// One of a crowd.
+#[derive(Debug)]
+pub(crate) struct Seat(Crowd);
+
+impl Crowd {
+    pub(crate) fn seat(&self) -> Seat {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Seat(self.clone())
+    }
+
+    /// Datagrams in a batch of each.
+    fn batch(&self) -> usize {
+        let seats = self.0.load(Ordering::Relaxed).max(1);
+        (BATCHES_BYTES_MAX / usize::from(DATAGRAM_BYTES_MAX) / seats).max(1)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Passes everything through to `inner`, counting.
 #[derive(Debug)]
 pub(crate) struct MeteredSocket {
     inner: Arc<dyn AsyncUdpSocket>,
+    crowd: Crowd,
     traffic: Traffic,
     tap: Option<Tap>,
 }
 
 impl MeteredSocket {
     /// Takes a bound socket over. Must be called within a tokio runtime.
-    pub(crate) fn new(socket: UdpSocket, traffic: Traffic, tap: Option<Tap>) -> io::Result<Self> {
+    pub(crate) fn new(socket: UdpSocket, crowd: Crowd, traffic: Traffic, tap: Option<Tap>) -> io::Result<Self> {
         let state = UdpSocketState::new((&socket).into())?;
         // The operating system may grant less, or nothing beyond its default: that costs speed only.
         let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
         let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
         let inner = TokioRuntime.wrap_udp_socket(socket)?;
-        Ok(Self { inner, traffic, tap })
+        Ok(Self { inner, crowd, traffic, tap })
     }
 
     /// `bytes` is a batch of datagrams, each `segment` long but the last.
@@ -166,7 +197,7 @@ impl AsyncUdpSocket for MeteredSocket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.inner.max_transmit_segments()
+        self.inner.max_transmit_segments().min(self.crowd.batch())
     }
 
     /// quinn takes so many of the longest datagrams for the most that the kernel hands over at once, and makes room for
@@ -178,5 +209,24 @@ impl AsyncUdpSocket for MeteredSocket {
 
     fn may_fragment(&self) -> bool {
         self.inner.may_fragment()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_batches_of_a_crowd_take_no_more_memory_than_a_few() {
+        let crowd = Crowd::default();
+        assert!(crowd.batch() >= 10, "one alone has as long ones as quinn makes");
+        let mut seats: Vec<Seat> = (0..64).map(|_| crowd.seat()).collect();
+        assert_eq!(crowd.batch(), 10);
+        seats.extend((64..200).map(|_| crowd.seat()));
+        assert_eq!(crowd.batch(), 3);
+        seats.extend((200..20_000).map(|_| crowd.seat()));
+        assert_eq!(crowd.batch(), 1);
+        seats.truncate(64);
+        assert_eq!(crowd.batch(), 10);
     }
 }
