@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context as _, Result};
 use certs::{Ca, CertificateDer, IdentityKey, SERVER_NAME};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{ClientConfig, Connection, Endpoint, Incoming, ServerConfig};
+use quinn::{ClientConfig, Connection, Endpoint, Incoming, ServerConfig, TransportConfig};
 use rustls::RootCertStore;
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
@@ -17,11 +17,13 @@ use rustls::version::TLS13;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Semaphore;
 
+use crate::process;
+
 /// As many as a herd has.
 const SOCKETS: usize = 4;
 
-/// Threads of the server's runtime, as the coordinator's binary has them.
-const SERVER_THREADS: usize = 2;
+/// The name of a server's only thread, by which its processor time is known.
+const SERVER_THREAD: &str = "bare-server";
 
 /// A server that takes connections and does nothing with them, and its clients.
 #[derive(Debug)]
@@ -37,11 +39,13 @@ pub(crate) struct Bare {
 }
 
 impl Bare {
-    pub(crate) fn start() -> Result<Self> {
+    /// With so many threads on the server's side.
+    pub(crate) fn start(server_threads: usize) -> Result<Self> {
         let now = SystemTime::now();
         let (ca, _) = Ca::generate(now)?;
-        let (server, client) =
-            (Builder::new_multi_thread().worker_threads(SERVER_THREADS).enable_all().build()?, runtime()?);
+        let mut server = Builder::new_multi_thread();
+        let server = server.worker_threads(server_threads).thread_name(SERVER_THREAD).enable_all().build()?;
+        let client = runtime()?;
         let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let made = Arc::new(Semaphore::new(0));
         let endpoint = {
@@ -62,32 +66,58 @@ impl Bare {
     pub(crate) fn connect(&self, count: usize, at_once: usize) -> Result<(Duration, f64)> {
         self.client.block_on(async {
             let began = Instant::now();
-            let permits = Arc::new(Semaphore::new(at_once));
-            let mut tasks = Vec::new();
-            for number in 0..count {
-                let permit = Arc::clone(&permits).acquire_owned().await?;
-                let connecting =
-                    self.clients[number % SOCKETS].connect_with(self.config.clone(), self.address, SERVER_NAME)?;
-                tasks.push(tokio::spawn(async move {
-                    let connected = connecting.await;
-                    drop(permit);
-                    connected
-                }));
-            }
-            let mut connections: Vec<Connection> = Vec::with_capacity(count);
-            for task in tasks {
-                connections.push(task.await??);
-            }
-            self.made.acquire_many(u32::try_from(count)?).await?.forget();
+            let connections = self.connections(count, at_once, &self.config).await?;
             let took = began.elapsed();
             let stats = connections.iter().map(Connection::stats);
             let datagrams: u64 = stats.map(|stats| stats.udp_tx.datagrams + stats.udp_rx.datagrams).sum();
-            connections.iter().for_each(|connection| connection.close(0u32.into(), b""));
-            for client in &self.clients {
-                client.wait_idle().await;
-            }
+            self.part(&connections).await;
             Ok((took, each(datagrams, count)))
         })
+    }
+
+    /// What the server's threads take for one keep-alive of one of so many connections, each of which has one every so often.
+    pub(crate) fn keep_alive(&self, count: usize, at_once: usize, every: Duration) -> Result<Duration> {
+        const TURNS: u32 = 2;
+        let mut config = self.config.clone();
+        let mut transport = TransportConfig::default();
+        transport.keep_alive_interval(Some(every));
+        config.transport_config(Arc::new(transport));
+        self.client.block_on(async {
+            let connections = self.connections(count, at_once, &config).await?;
+            tokio::time::sleep(every).await;
+            let before = process::threads_cpu(SERVER_THREAD)?;
+            tokio::time::sleep(TURNS * every).await;
+            let took = process::threads_cpu(SERVER_THREAD)? - before;
+            self.part(&connections).await;
+            Ok(took / TURNS / u32::try_from(count)?)
+        })
+    }
+
+    async fn connections(&self, count: usize, at_once: usize, config: &ClientConfig) -> Result<Vec<Connection>> {
+        let permits = Arc::new(Semaphore::new(at_once));
+        let mut tasks = Vec::new();
+        for number in 0..count {
+            let permit = Arc::clone(&permits).acquire_owned().await?;
+            let connecting = self.clients[number % SOCKETS].connect_with(config.clone(), self.address, SERVER_NAME)?;
+            tasks.push(tokio::spawn(async move {
+                let connected = connecting.await;
+                drop(permit);
+                connected
+            }));
+        }
+        let mut connections: Vec<Connection> = Vec::with_capacity(count);
+        for task in tasks {
+            connections.push(task.await??);
+        }
+        self.made.acquire_many(u32::try_from(count)?).await?.forget();
+        Ok(connections)
+    }
+
+    async fn part(&self, connections: &[Connection]) {
+        connections.iter().for_each(|connection| connection.close(0u32.into(), b""));
+        for client in &self.clients {
+            client.wait_idle().await;
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a process costs, as `/proc` tells it.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -24,12 +25,37 @@ pub(crate) fn forget_peak() -> Result<()> {
 
 /// Processor time of all its threads, those that have ended included.
 pub(crate) fn cpu(process: u32) -> Result<Duration> {
-    let path = format!("/proc/{process}/stat");
-    let stat = std::fs::read_to_string(&path).with_context(|| path.clone())?;
-    // The program's name stands before it in parentheses, and may hold anything.
-    let (_, fields) = stat.rsplit_once(") ").with_context(|| path.clone())?;
-    let ticks = fields.split(' ').skip(11).take(2).map(str::parse::<u32>).collect::<Result<Vec<_>, _>>()?;
-    Ok(ticks.iter().map(|ticks| TICK * *ticks).sum())
+    Ok(Stat::read(Path::new(&format!("/proc/{process}")))?.cpu)
+}
+
+/// Processor time of this process's threads of one name.
+pub(crate) fn threads_cpu(name: &str) -> Result<Duration> {
+    let mut cpu = Duration::ZERO;
+    for thread in std::fs::read_dir("/proc/self/task").context("/proc/self/task")? {
+        let stat = Stat::read(&thread?.path())?;
+        if stat.name == name {
+            cpu += stat.cpu;
+        }
+    }
+    Ok(cpu)
+}
+
+/// What is said of a process or of a thread.
+struct Stat {
+    name: String,
+    cpu: Duration,
+}
+
+impl Stat {
+    fn read(directory: &Path) -> Result<Self> {
+        let path = directory.join("stat");
+        let stat = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        // The name stands in parentheses, and may hold anything.
+        let (name, fields) = stat.rsplit_once(") ").with_context(|| path.display().to_string())?;
+        let name = name.split_once('(').map_or("", |(_, name)| name).to_owned();
+        let ticks = fields.split(' ').skip(11).take(2).map(str::parse::<u32>).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { name, cpu: ticks.iter().map(|ticks| TICK * *ticks).sum() })
+    }
 }
 
 fn status(process: u32, name: &str) -> Result<u64> {

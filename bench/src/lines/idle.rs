@@ -32,16 +32,26 @@ const BOTH_SIDES_BYTES: u64 = 120_000;
 /// What is beyond this machine is computed from the slopes.
 const ON_PAPER: usize = 100_000;
 
-/// Handshakes under way at once, so few that none waits for a packet that was lost in a crowd.
+/// Handshakes under way at once, so few that none waits for a packet that was lost in a crowd: of 24 at once, stock quinn
+/// makes 280 a second.
 const AT_ONCE: usize = 8;
 
 /// The same while a fleet grows: below what the coordinator takes without asking for proof of the address.
 const GROWN_AT_ONCE: usize = 24;
 
+/// Threads of the bare server while it takes connections, as it comes.
+const BARE_THREADS: usize = 2;
+
+/// Bare connections that are kept alive, on one thread as the coordinator's, as often in all as the largest fleet is.
+const KEPT_ALIVE: usize = 5_000;
+
+/// For so long the coordinator is looked at before anybody comes.
+const ALONE: Duration = Duration::from_secs(10);
+
 /// Joins and bare handshakes in one repetition.
 const BATCH: usize = 300;
 
-/// A path is searched for longer datagrams for a while after a worker is in.
+/// Some things are done a moment after a worker is in.
 const SETTLED_AFTER: Duration = Duration::from_secs(1);
 
 /// No fleet is grown that would be grown for longer.
@@ -103,7 +113,7 @@ fn idle(
 ) -> Result<()> {
     let busy = busy(bench, handle, largest)?;
     let process = busy.coordinator.id();
-    let base = process::resident(process)?;
+    let alone = Alone { resident: process::resident(process)?, share: share(process, ALONE)? };
     let mut herd = Herd::new(handle, busy.enrolled.clone())?;
     let mut costs: Vec<Cost> = Vec::new();
     for fleet in fleets {
@@ -121,55 +131,85 @@ fn idle(
         eprintln!("  {fleet} are in: {:.1} MB, {joins_a_second:.0} joins/s", kilobytes(resident) / 1e3);
         costs.push(Cost { workers: *fleet, resident, joins_a_second });
     }
-    let share = share(process)?;
+    // Every connection is kept alive once.
+    let share = share(process, KEEP_ALIVE)?;
     herd.check()?;
-    tell(report, base, share, &costs);
+    drop((herd, busy));
+    let bare = costs.last().map(|cost| KEEP_ALIVE.mul_f64(real(KEPT_ALIVE) / real(cost.workers)));
+    let bare = bare.map(|every| Bare::start(1)?.keep_alive(KEPT_ALIVE, AT_ONCE, every)).transpose()?;
+    tell(report, &alone, share, bare.unwrap_or_default(), &costs);
     Ok(())
 }
 
-/// How much of one core a process takes while every connection is kept alive once.
-fn share(process: u32) -> Result<f64> {
+/// The coordinator with its run, before anybody idle comes.
+struct Alone {
+    resident: u64,
+    share: f64,
+}
+
+/// How much of one core a process takes, in hundredths.
+fn share(process: u32, meanwhile: Duration) -> Result<f64> {
     let (began, before) = (Instant::now(), process::cpu(process)?);
-    std::thread::sleep(KEEP_ALIVE);
+    std::thread::sleep(meanwhile);
     Ok(100.0 * (process::cpu(process)? - before).as_secs_f64() / began.elapsed().as_secs_f64())
 }
 
-fn tell(report: &mut Report, base: u64, share: f64, costs: &[Cost]) {
+fn tell(report: &mut Report, alone: &Alone, share: f64, bare: Duration, costs: &[Cost]) {
     let Some(last) = costs.last() else { return };
-    let from = std::iter::once((0, base)).chain(costs.iter().map(|cost| (cost.workers, cost.resident)));
+    let from = std::iter::once((0, alone.resident)).chain(costs.iter().map(|cost| (cost.workers, cost.resident)));
     let slopes = from.zip(costs).map(|((workers, resident), cost)| {
         (kilobytes(cost.resident) - kilobytes(resident)) / real(cost.workers - workers)
     });
     let slopes = Samples::from(slopes.collect::<Vec<_>>());
-    let mut add = |name: String, unit, ours: Samples, aim| {
-        let reason = format!(
-            "{:.1} MB were resident before the first came, {:.1} MB with all",
-            kilobytes(base) / 1e3,
-            kilobytes(last.resident) / 1e3
-        );
-        report.add(Measure { line: LINE, name, unit, ours, theirs: None, ratio: Samples::default(), aim, reason });
+    let memory = format!(
+        "{:.1} MB were resident before the first came, {:.1} MB with all",
+        kilobytes(alone.resident) / 1e3,
+        kilobytes(last.resident) / 1e3
+    );
+    let each_us = 1e4 * (share - alone.share) * KEEP_ALIVE.as_secs_f64() / real(last.workers);
+    let cpu = format!(
+        "{:.2} % were taken before the first came, for two workers with a task; an idle one is heard every {} s, which takes \
+         {each_us:.0} µs; quinn by itself takes {:.0} µs for one keep-alive, of {KEPT_ALIVE} connections kept alive as often in all",
+        alone.share,
+        KEEP_ALIVE.as_secs(),
+        1e6 * bare.as_secs_f64()
+    );
+    let mut add = |name: String, unit, ours: Samples, aim, reason: &str| {
+        let (theirs, ratio, reason) = (None, Samples::default(), reason.to_owned());
+        report.add(Measure { line: LINE, name, unit, ours, theirs, ratio, aim, reason });
     };
     let each = slopes.median();
-    add(format!("memory for each idle worker, up to {}", last.workers), "kB", slopes, Aim::AtMost(45.0));
-    add(format!("{} idle workers: of one core", last.workers), "%", vec![share].into(), Aim::AtMost(3.0));
+    add(format!("memory for each idle worker, up to {}", last.workers), "kB", slopes, Aim::AtMost(45.0), &memory);
+    add(format!("{} idle workers: of one core", last.workers), "%", vec![share].into(), Aim::AtMost(3.0), &cpu);
+    add("the same before they came".to_owned(), "%", vec![alone.share].into(), Aim::None, "");
+    add("a keep-alive of one of them, all in all".to_owned(), "µs", vec![each_us].into(), Aim::None, "");
+    let bare = vec![1e6 * bare.as_secs_f64()].into();
+    add("a keep-alive of bare quinn, the server's side".to_owned(), "µs", bare, Aim::None, "");
     for cost in costs {
         let rate = vec![cost.joins_a_second].into();
-        add(format!("joins up to {} workers", cost.workers), "joins/s", rate, Aim::None);
+        add(format!("joins up to {} workers", cost.workers), "joins/s", rate, Aim::None, "");
     }
-    let paper = (kilobytes(base) + each * real(ON_PAPER)) / 1e6;
-    add(format!("{ON_PAPER} idle workers on paper: memory"), "GB", vec![paper].into(), Aim::None);
-    let paper = share * real(ON_PAPER) / real(last.workers);
-    add(format!("{ON_PAPER} idle workers on paper: of one core"), "%", vec![paper].into(), Aim::None);
+    let paper = (kilobytes(alone.resident) + each * real(ON_PAPER)) / 1e6;
+    add(format!("{ON_PAPER} idle workers on paper: memory"), "GB", vec![paper].into(), Aim::None, "");
+    let paper = alone.share + (share - alone.share) * real(ON_PAPER) / real(last.workers);
+    add(format!("{ON_PAPER} idle workers on paper: of one core"), "%", vec![paper].into(), Aim::None, "");
 }
 
 // --- how fast they are in ---
 
 fn joins(bench: &Bench, report: &mut Report, handle: &tokio::runtime::Handle) -> Result<()> {
     let busy = busy(bench, handle, BATCH)?;
-    let (mut herd, bare) = (Herd::new(handle, busy.enrolled.clone())?, Bare::start()?);
+    let (mut herd, bare) = (Herd::new(handle, busy.enrolled.clone())?, Bare::start(BARE_THREADS)?);
     let (mut our_datagrams, mut their_datagrams) = (Samples::default(), Samples::default());
+    let (mut coordinators, mut workers) = (Samples::default(), Samples::default());
+    let both = || anyhow::Ok((process::cpu(busy.coordinator.id())?, process::cpu(std::process::id())?));
+    let each_us = |took: Duration| 1e6 * took.as_secs_f64() / real(BATCH);
     let ours = || {
+        let before = both()?;
         let took = herd.grow(BATCH, AT_ONCE)?;
+        let after = both()?;
+        coordinators.add(each_us(after.0 - before.0));
+        workers.add(each_us(after.1 - before.1));
         our_datagrams.add(herd.datagrams());
         herd.disperse();
         Ok(real(BATCH) / took.as_secs_f64())
@@ -181,14 +221,20 @@ fn joins(bench: &Bench, report: &mut Report, handle: &tokio::runtime::Handle) ->
     };
     let (ours, theirs) = alternate(bench.repetitions, ours, theirs)?;
     let ratio = ours.with(&theirs, |ours, theirs| ours / theirs);
+    let session = session_handshake()?.as_secs_f64();
     let reason = format!(
-        "a handshake of quinn takes {:.0} µs of the machine and {:.0} datagrams, a join {:.0} µs and {:.0}, most of the rest \
-         for searching the path; the session's handshake takes {:.0} µs of one core, both ends together",
+        "a handshake of quinn takes {:.0} µs of the machine and {:.0} datagrams, a join {:.0} µs and {:.0}: {:.0} µs of a core in \
+         the coordinator and {:.0} µs in the worker; {:.0} µs of them are the session's handshake, both ends together, which leaves \
+         {:.2} of quinn's rate if nothing else took time on {} cores",
         1e6 / theirs.median(),
         their_datagrams.median(),
         1e6 / ours.median(),
         our_datagrams.median(),
-        1e6 * session_handshake()?.as_secs_f64()
+        coordinators.median(),
+        workers.median(),
+        1e6 * session,
+        1.0 / (1.0 + session * theirs.median() / real(machine::cores())),
+        machine::cores()
     );
     report.add(Measure {
         line: LINE,
