@@ -45,6 +45,9 @@ const LOOKED_AT_MAX: usize = 256;
 /// The page names every worker, so that a change is shown at once in a small fleet and up to 200 ms later in one of 20,000.
 const PAGE_EVERY_A_WORKER: Duration = Duration::from_micros(10);
 
+/// How long what was done by whoever gave it may wait to be written, so that a sync takes it along.
+const WRITTEN_AFTER: Duration = Duration::from_millis(2);
+
 /// How long goodbyes may take altogether.
 const PARTING_MAX: Duration = Duration::from_secs(5);
 
@@ -142,6 +145,7 @@ pub struct Fleet {
     room: Room,
     seen: Seen,
     page: Page,
+    collected: Collected,
 }
 
 /// A worker with a live session.
@@ -230,6 +234,16 @@ struct Seen {
     full: bool,
 }
 
+/// What the workshop has collected, to be written if no sync takes it along soon.
+#[derive(Debug, Default)]
+struct Collected {
+    /// Since when something is.
+    since: Option<Instant>,
+    /// When that is looked at next. A sync does not change it: a timer that is set anew in every round is a system call in
+    /// every round.
+    looked_at: Option<Instant>,
+}
+
 /// How the status page stands to what it shows.
 #[derive(Debug, Default)]
 struct Page {
@@ -259,6 +273,7 @@ impl Fleet {
             room: Room::default(),
             seen: Seen::default(),
             page: Page::default(),
+            collected: Collected::default(),
         }
     }
 
@@ -289,6 +304,13 @@ impl Fleet {
                 Ok(()) = short_of_room.changed() => self.uploads_wait(*short_of_room.borrow_and_update() > 0),
                 _ = look.tick() => self.look_around(),
                 () = sleep_till(self.page.due) => self.make_page(),
+                // Nobody is held up: what was said to workers goes first.
+                () = tokio::task::yield_now(), if self.world.show.has_lines() => self.world.show.flush(),
+                () = sleep_till(self.collected.looked_at) => {
+                    if self.collected.is_ripe() {
+                        self.world.workshop.write();
+                    }
+                }
                 () = &mut shutdown, if !stopped => {
                     stopped = true;
                     self.world.show.say("going away; everything is kept");
@@ -297,6 +319,7 @@ impl Fleet {
             }
             self.drain();
         }
+        self.world.show.flush();
         self.close_workshop(inbox.workshop).await
     }
 
@@ -348,9 +371,11 @@ impl Fleet {
                     Effect::Foresee(conn, receipt) => self.say(conn, Saying::Foreseen(receipt)),
                 }
             }
-            let Some(conn) = self.deaf.pop() else { return self.world.show.flush() };
+            let Some(conn) = self.deaf.pop() else { break };
             self.input(Input::Misbehaved { conn, what: "it does not read".to_owned() });
         }
+        self.world.show.keep_up();
+        self.collected.look(self.world.workshop.has_collected());
     }
 
     /// Tells people and programs what happened.
@@ -755,6 +780,21 @@ impl Fleet {
     }
 }
 
+impl Collected {
+    /// Something is collected now, or nothing.
+    fn look(&mut self, something: bool) {
+        self.since = if something { self.since.or_else(|| Some(Instant::now())) } else { None };
+        self.looked_at = self.looked_at.or_else(|| self.since.map(|since| since + WRITTEN_AFTER));
+    }
+
+    /// Whether it has waited long enough, and is written now.
+    fn is_ripe(&mut self) -> bool {
+        let ripe = self.since.take_if(|since| since.elapsed() >= WRITTEN_AFTER).is_some();
+        self.looked_at = self.since.map(|since| since + WRITTEN_AFTER);
+        ripe
+    }
+}
+
 impl Peer {
     fn count_lost(&mut self, stats: &LinkStats, metrics: &Metrics) {
         metrics.lost_packets.increment(stats.lost_packets.saturating_sub(self.lost));
@@ -938,6 +978,24 @@ mod tests {
             assert_eq!(uploads.ended(ticket.number, TASK), Some(Hash([1; 32])));
             assert_eq!(uploads.ended(ticket.number, TASK), None);
         }
+    }
+
+    #[test]
+    fn what_is_collected_is_written_only_if_no_sync_takes_it_along() {
+        let mut collected = Collected::default();
+        let long_ago = Instant::now() - WRITTEN_AFTER;
+        collected.look(false);
+        assert_eq!(collected.looked_at, None, "there is nothing to look at");
+
+        collected = Collected { since: Some(long_ago), looked_at: Some(long_ago + WRITTEN_AFTER) };
+        assert!(collected.is_ripe());
+        assert_eq!(collected.looked_at, None);
+
+        collected = Collected { since: Some(long_ago), looked_at: Some(long_ago + WRITTEN_AFTER) };
+        collected.look(false); // a sync has taken it
+        collected.look(true);
+        assert!(!collected.is_ripe(), "it has not waited long");
+        assert!(collected.looked_at > Some(Instant::now()), "it is looked at again");
     }
 
     #[test]

@@ -18,6 +18,9 @@ use crate::intake::is_full;
 /// Lines that may wait for room on the disk that a program has them written to.
 const PENDING_BYTES_MAX: usize = 1 << 20;
 
+/// Lines that may wait until there is nothing better to do.
+const RIPE_MAX: u32 = 16;
+
 /// One line of `--json`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -247,6 +250,19 @@ impl Show {
     pub fn line(&mut self, line: &Line<'_>) {
         if let Some(json) = &mut self.json {
             json.put(line);
+        }
+    }
+
+    /// Whether lines for a program wait to be written.
+    #[must_use]
+    pub fn has_lines(&self) -> bool {
+        self.json.as_ref().is_some_and(|json| json.ripe > 0)
+    }
+
+    /// Writes the lines for a program if there are many: there may be no better time soon.
+    pub fn keep_up(&mut self) {
+        if self.json.as_ref().is_some_and(|json| json.ripe > RIPE_MAX) {
+            self.flush();
         }
     }
 

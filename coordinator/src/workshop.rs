@@ -18,7 +18,7 @@ use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -48,9 +48,6 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// How much of a held payload is in memory while it is folded: it stays in the second-level cache beside the cells that it
 /// is added to.
 const PIECE_BYTES: usize = 256 * 1024;
-
-/// How long what was done by whoever gave it may wait to be written, so that a sync takes it along.
-const WRITTEN_AFTER: Duration = Duration::from_millis(2);
 
 /// Up to so many bytes of a model or payload are worked on by whoever gives the job: some tens of microseconds.
 const QUICK_BYTES_MAX: u64 = 64 << 10;
@@ -226,15 +223,15 @@ struct Queue {
     workshop: Mutex<Workshop>,
     /// Jobs that the thread was given and has not done.
     given: AtomicUsize,
-    /// The thread was asked to write what was collected, and has not done it.
-    will_write: AtomicBool,
+    /// Something was collected by who gave it, and is not written.
+    collected: AtomicBool,
 }
 
 /// What the thread is asked for.
 #[derive(Debug)]
 enum Errand {
     Do(Job),
-    /// Write what is collected, in a while.
+    /// Write what is collected.
     Write,
 }
 
@@ -260,10 +257,21 @@ impl WorkshopHandle {
             workshop.say(Done::Broken(error));
             None
         });
-        if workshop.store.is_waiting() && !self.queue.will_write.swap(true, Ordering::Relaxed) {
-            let _ = self.jobs.send(Errand::Write);
-        }
+        self.queue.collected.store(workshop.store.is_waiting(), Ordering::Relaxed);
         again
+    }
+
+    /// Whether something was collected and waits to be written. Whoever gives the jobs sees to it that it does not wait long.
+    #[must_use]
+    pub fn has_collected(&self) -> bool {
+        self.queue.collected.load(Ordering::Relaxed)
+    }
+
+    /// Has what is collected written.
+    pub fn write(&self) {
+        self.queue.collected.store(false, Ordering::Relaxed);
+        // As in `give`.
+        let _ = self.jobs.send(Errand::Write);
     }
 }
 
@@ -321,8 +329,8 @@ impl Workshop {
     pub fn spawn(self) -> io::Result<WorkshopHandle> {
         let (jobs, errands) = channel();
         // The first thing to be done is to begin.
-        let (workshop, given, will_write) = (Mutex::new(self), AtomicUsize::new(1), AtomicBool::new(false));
-        let queue = Arc::new(Queue { workshop, given, will_write });
+        let (workshop, given, collected) = (Mutex::new(self), AtomicUsize::new(1), AtomicBool::new(false));
+        let queue = Arc::new(Queue { workshop, given, collected });
         let theirs = Arc::clone(&queue);
         thread::Builder::new().name("workshop".to_owned()).spawn(move || theirs.serve(&errands))?;
         Ok(WorkshopHandle { jobs, queue })
@@ -752,17 +760,13 @@ impl Queue {
 
     /// Does what is asked for until nobody can ask any more.
     fn serve(&self, errands: &Receiver<Errand>) {
-        let mut write_at: Option<Instant> = None;
         self.begin();
         loop {
-            let next = match write_at {
-                None => errands.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(at) => errands.recv_timeout(at.saturating_duration_since(Instant::now())),
-            };
+            let next = errands.recv();
             // Whoever held it while it panicked ended the process.
             let Ok(mut workshop) = self.workshop.lock() else { return };
             match next {
-                Ok(Errand::Write) => write_at = Some(Instant::now() + WRITTEN_AFTER),
+                Ok(Errand::Write) => workshop.write(),
                 Ok(Errand::Do(job)) => {
                     if workshop.persist(job).is_break() {
                         return;
@@ -770,14 +774,10 @@ impl Queue {
                     // More may be given by now, which is written with it.
                     if self.given.fetch_sub(1, Ordering::Release) == 1 {
                         workshop.write();
+                        self.collected.store(false, Ordering::Relaxed);
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => {
-                    write_at = None;
-                    self.will_write.store(false, Ordering::Relaxed);
-                    workshop.write();
-                }
-                Err(RecvTimeoutError::Disconnected) => return workshop.write(),
+                Err(_) => return workshop.write(),
             }
         }
     }
