@@ -9,6 +9,8 @@ use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
@@ -125,10 +127,12 @@ fn run(args: &Args) -> Result<ExitCode> {
     let (disk, tmpfs) = (room(&args.disk), room(&args.tmpfs));
     let bench = args.bench(&disk, &tmpfs)?;
     let chosen: Vec<Line> = Line::value_variants().iter().copied().filter(|line| args.chose(*line)).collect();
-    let report = Report::default();
+    let mut report = Report::default();
     let (mut told, runtime) = (report.clone(), Builder::new_current_thread().enable_all().build()?);
+    let (measured, lines) = (Arc::new(AtomicUsize::new(0)), chosen.clone());
     let done = runtime.block_on(async {
-        let lines = tokio::task::spawn_blocking(move || measure(&bench, &chosen, &mut told));
+        let counter = measured.clone();
+        let lines = tokio::task::spawn_blocking(move || measure(&bench, &lines, &mut told, &counter));
         tokio::select! {
             _ = lines => true,
             _ = interrupted() => false,
@@ -137,6 +141,9 @@ fn run(args: &Args) -> Result<ExitCode> {
     runtime.shutdown_background();
     if !done {
         end_descendants(std::process::id());
+        for line in &chosen[measured.load(Ordering::Acquire)..] {
+            report.missing(line.number(), &name(*line), "interrupted");
+        }
     }
     tell(&report, out)?;
     // Before the process goes, and with it whatever thread still measures.
@@ -175,11 +182,10 @@ fn room(parent: &Path) -> Room {
     made.map_err(|error| format!("cannot write in {}: {error}", parent.display()))
 }
 
-/// Measures one line after another.
-fn measure(bench: &Bench, chosen: &[Line], report: &mut Report) {
+/// Measures one line after another, and counts those that it is through with.
+fn measure(bench: &Bench, chosen: &[Line], report: &mut Report, done: &AtomicUsize) {
     for line in chosen {
-        let began = Instant::now();
-        let name = line.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
+        let (began, name) = (Instant::now(), name(*line));
         let measured = catch_unwind(AssertUnwindSafe(|| line.measure(bench, report)));
         match measured {
             Ok(Ok(())) => {}
@@ -187,7 +193,13 @@ fn measure(bench: &Bench, chosen: &[Line], report: &mut Report) {
             Err(panic) => report.missing(line.number(), &name, &message(panic.as_ref())),
         }
         eprintln!("{name}: {:.0} s", began.elapsed().as_secs_f64());
+        done.fetch_add(1, Ordering::Release);
     }
+}
+
+/// What the command line calls it.
+fn name(line: Line) -> String {
+    line.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
 /// The first line of what a panic says.
