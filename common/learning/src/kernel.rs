@@ -453,8 +453,9 @@ impl Tile for Product<'_> {
             });
         }
         add_rows(simd, &mut sums, &self.from.floats.get()[self.start..], self.from.stride, at, self.weights);
+        let (stride, to) = (self.to.stride, self.to.floats.get_mut());
         unroll!(r in ROWS {
-            let place = (at + r) * self.to.stride + self.column;
+            let place = (at + r) * stride + self.column;
             match self.then {
                 Then::Store => {}
                 Then::Relu => {
@@ -470,7 +471,7 @@ impl Tile for Product<'_> {
                     });
                 }
             }
-            let to = &mut self.to.floats.get_mut()[place..];
+            let to = &mut to[place..];
             if self.panel.columns == self.panel.width {
                 *vectors_mut::<S, VECTORS>(to) = sums[r];
             } else {
