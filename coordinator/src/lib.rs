@@ -15,6 +15,7 @@ pub mod core;
 pub mod crash;
 pub mod enrol;
 pub mod fleet;
+pub mod folding;
 pub mod http;
 pub mod intake;
 pub mod orders;

@@ -3,7 +3,7 @@
 //! The event loop hands it [`Job`]s in the order in which the machine decided, and hears [`Done`]s in that order: what
 //! a commit announces was sealed before the commit is reported synced. The model exists as raw bytes, and a step changes
 //! them where they stand: so at most four models are in memory, the bytes, the sum (two models wide) and the sealed copy
-//! that is streamed.
+//! that is streamed. Folding a large update it has others help it, over cells that none shares ([`folding`]).
 //!
 //! To wake a thread and to be woken by it takes longer than all that a small round asks for. So a [`Job`] that is over in
 //! some microseconds and cannot wait for a device is done by whoever gives it ([`WorkshopHandle::give`]), if nothing is
@@ -37,6 +37,7 @@ use protocol::strategy::{ServerState, step};
 use protocol::sum::{Sum, SumError, Verified, Verifier, weight_shift};
 use tokio::sync::mpsc;
 
+use crate::folding;
 use crate::intake::Payload;
 use crate::state::{StateError, make_private_dir, write_durably};
 use crate::store::{Attachment, ModelState, RunStore, StoreError};
@@ -45,8 +46,7 @@ use crate::telemetry::{Kind, Telemetry};
 /// How long a job waits for room on a full disk before it is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// How much of a held payload is in memory while it is folded: it stays in the second-level cache beside the cells that it
-/// is added to.
+/// How much of a held payload is in memory while it is verified again.
 const PIECE_BYTES: usize = 256 * 1024;
 
 /// Up to so many bytes of a model or payload are worked on by whoever gives the job: some tens of microseconds.
@@ -634,7 +634,18 @@ impl Workshop {
         let sum = self.sum.get_or_insert_with(|| Sum::new(ring, parameters));
         let broken = |error| WorkshopError::Fold(task, error);
         let mut fold = sum.begin(task, weight, &verified).map_err(broken)?;
-        source.read(|chunk| fold.add(chunk))?;
+        match source {
+            Source::Here(payload) => payload.read(not_here, |chunk| fold.add(chunk))?,
+            Source::Stored(first) => {
+                folding::cut(&mut fold, verified.bytes());
+                let mut readers = vec![first];
+                for part in fold.parts().iter().skip(1) {
+                    let missing = WorkshopError::Missing(task);
+                    readers.push(self.store.payload_from(task, hash, part.bytes().start)?.ok_or(missing)?);
+                }
+                folding::fold(&mut fold, readers, folding::add_from).map_err(not_read_back)?;
+            }
+        }
         fold.finish().map_err(broken)?;
         self.say_spooled();
         self.say(Done::Learned(Input::Folded { task }));
@@ -814,6 +825,10 @@ fn not_here(part: &str) -> io::Result<File> {
     Err(io::Error::new(io::ErrorKind::NotFound, format!("{part} is the store's")))
 }
 
+fn not_read_back(error: io::Error) -> StateError {
+    StateError::io(Path::new("a held payload"), "read back")(error)
+}
+
 /// Where a payload is read from.
 enum Source {
     Here(Payload),
@@ -829,7 +844,7 @@ impl Source {
         };
         let mut buffer = vec![0; PIECE_BYTES];
         loop {
-            match stored.read(&mut buffer).map_err(StateError::io(Path::new("a held payload"), "read back"))? {
+            match stored.read(&mut buffer).map_err(not_read_back)? {
                 0 => return Ok(()),
                 read => see(&buffer[..read]),
             }

@@ -14,6 +14,7 @@
 //! `(1.5 - 0.25) · 2^23 = 10_485_760`, and the mean `10_485_760 / 2^23 / 4 = 0.3125`.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -472,7 +473,8 @@ impl Sum {
         Self { ring, tasks: BTreeSet::new(), group, torn: false }
     }
 
-    /// Begins to add the update that was found good. Nothing is added before the first [`Fold::add`].
+    /// Begins to add the update that was found good. Nothing is added before the first [`Fold::add`] or
+    /// [`Fold::parts_mut`].
     ///
     /// # Errors
     /// If the task is in already, the sum is full or torn, or weight, length or norm are out of bounds.
@@ -489,7 +491,10 @@ impl Sum {
         }
         // The verifier may have been given another ring.
         self.ring.check_norm(verified.norm)?;
-        Ok(Fold { sum: self, task, weight, blocks: Blocks::new(), at: 0 })
+        // Exact: an integer of at most 29 bits times a power of two.
+        let scale = self.ring.unit() * f64::from(weight);
+        let Self { tasks, group: Group { cells, weight: total }, torn, .. } = self;
+        Ok(Fold { tasks, total, torn, task, weight, parts: vec![Part::new(cells, 0, scale)] })
     }
 
     /// Adds all of `other`, as if its updates had been added here.
@@ -600,37 +605,56 @@ impl Group {
     }
 }
 
-/// An update on its way into a [`Sum`]. Dropped after the first [`Fold::add`] and before [`Fold::finish`], it leaves
-/// the sum torn: part of the payload is in, and only the payload could say which.
+/// An update on its way into a [`Sum`]. Dropped after its first byte and before [`Fold::finish`], it leaves the sum
+/// torn: part of the payload is in, and only the payload could say which.
 #[must_use = "a fold that is not finished leaves its sum torn"]
 pub struct Fold<'a> {
-    sum: &'a mut Sum,
+    tasks: &'a mut BTreeSet<TaskId>,
+    /// The sum of the weights.
+    total: &'a mut u64,
+    torn: &'a mut bool,
     task: TaskId,
     weight: u32,
-    blocks: Blocks<4>,
-    /// The next cell; past the last one if the payload is too long.
-    at: usize,
+    parts: Vec<Part<'a>>,
 }
 
 /// Without the bytes that it holds: they are of parameters.
 impl core::fmt::Debug for Fold<'_> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("Fold").field("task", &self.task).field("weight", &self.weight).field("at", &self.at).finish()
+        f.debug_struct("Fold").field("task", &self.task).field("weight", &self.weight).finish_non_exhaustive()
     }
 }
 
-impl Fold<'_> {
-    /// Adds the next bytes of the payload that was verified; a number may be cut between two calls.
+impl<'a> Fold<'a> {
+    /// Cuts it into up to `count` parts of about the same length. Each has cells of its own, so they may be folded at the
+    /// same time, and in any order.
+    ///
+    /// # Panics
+    /// If something was added already.
+    pub fn cut(&mut self, count: usize) {
+        assert!(!*self.torn, "a fold is cut before anything is added");
+        let cells: usize = self.parts.iter().map(|part| part.cells.len()).sum();
+        let each = cells.div_ceil(count.max(1)).next_multiple_of(CUT_CELLS);
+        self.parts = std::mem::take(&mut self.parts).into_iter().flat_map(|part| part.cut(each)).collect();
+    }
+
+    /// Its parts, in the order of the payload; one, if it was not cut.
+    #[must_use]
+    pub fn parts(&self) -> &[Part<'a>] {
+        &self.parts
+    }
+
+    /// Its parts, to be added to: the sum is torn until all are whole.
+    pub fn parts_mut(&mut self) -> &mut [Part<'a>] {
+        *self.torn = true;
+        &mut self.parts
+    }
+
+    /// Adds the next bytes of the payload that was verified, if it was not cut into parts; a number may be cut between two
+    /// calls.
     pub fn add(&mut self, chunk: &[u8]) {
-        let Self { sum, weight, blocks, at, .. } = self;
-        sum.torn = true;
-        // Exact: an integer of at most 29 bits times a power of two.
-        let scale = sum.ring.unit() * f64::from(*weight);
-        let cells = &mut sum.group.cells;
-        blocks.feed(chunk, |numbers| {
-            fold(cells.get_mut(*at..).unwrap_or_default(), numbers, scale);
-            *at = at.saturating_add(numbers.len());
-        });
+        assert_eq!(self.parts.len(), 1, "of a fold in parts, each is added to by itself");
+        self.parts_mut()[0].add(chunk);
     }
 
     /// Counts the update.
@@ -638,17 +662,70 @@ impl Fold<'_> {
     /// # Errors
     /// If what was read back has not the length that was verified. The sum is torn then.
     pub fn finish(self) -> Result<(), SumError> {
-        let Self { sum, task, weight, blocks, at } = self;
-        if at != sum.parameters() || blocks.filled != 0 {
-            sum.torn = true;
+        let Self { tasks, total, torn, task, weight, parts } = self;
+        *torn = !parts.iter().all(Part::is_whole);
+        if *torn {
             return Err(SumError::Torn);
         }
-        sum.torn = false;
-        sum.tasks.insert(task);
-        sum.group.weight += u64::from(weight);
+        tasks.insert(task);
+        *total += u64::from(weight);
         Ok(())
     }
 }
+
+/// A part of a [`Fold`]: some cells, and the bytes of the payload that are added to them.
+pub struct Part<'a> {
+    cells: &'a mut [u64],
+    /// How many cells of the sum are before these.
+    before: usize,
+    scale: f64,
+    blocks: Blocks<4>,
+    /// The next cell; past the last one if there was too much.
+    at: usize,
+}
+
+/// Without the bytes that it holds: they are of parameters.
+impl core::fmt::Debug for Part<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Part").field("bytes", &self.bytes()).field("at", &self.at).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Part<'a> {
+    fn new(cells: &'a mut [u64], before: usize, scale: f64) -> Self {
+        Self { cells, before, scale, blocks: Blocks::new(), at: 0 }
+    }
+
+    /// Parts of `each` cells; the last one may have fewer.
+    fn cut(self, each: usize) -> impl Iterator<Item = Self> {
+        let Self { cells, before, scale, .. } = self;
+        let parts = cells.chunks_mut(each.max(1)).enumerate();
+        parts.map(move |(at, cells)| Self::new(cells, before + at * each, scale))
+    }
+
+    /// Which bytes of the payload are its own.
+    #[must_use]
+    pub fn bytes(&self) -> Range<u64> {
+        let first = self.before as u64 * 4;
+        first..first + self.cells.len() as u64 * 4
+    }
+
+    /// Adds the next of them; a number may be cut between two calls.
+    pub fn add(&mut self, chunk: &[u8]) {
+        let Self { cells, scale, blocks, at, .. } = self;
+        blocks.feed(chunk, |numbers| {
+            fold(cells.get_mut(*at..).unwrap_or_default(), numbers, *scale);
+            *at = at.saturating_add(numbers.len());
+        });
+    }
+
+    fn is_whole(&self) -> bool {
+        self.at == self.cells.len() && self.blocks.filled == 0
+    }
+}
+
+/// Parts begin at a multiple of so many cells: where a page of the payload does, and no cache line is in two.
+const CUT_CELLS: usize = 1024;
 
 /// Adds `round_ties_even(x · scale)` to each cell, for products of magnitude at most 2^51. Everything but the
 /// addition of [`ROUNDER`] is exact.
@@ -919,6 +996,66 @@ mod tests {
         assert_eq!(sum, Sum::new(small(), 2));
         sum.begin(TaskId(1), 1, &verified).unwrap().add(&raw[..1]);
         assert!(sum.is_torn());
+    }
+
+    #[test]
+    fn parts_are_the_whole_payload_each_byte_once_and_begin_at_whole_pages() {
+        for (cells, count) in [(0, 3), (1, 3), (1024, 3), (5000, 1), (5000, 3), (5000, 100)] {
+            let raw = to_bytes(&vec![0.5; cells]);
+            let mut sum = Sum::new(small(), cells);
+            let mut fold = sum.begin(TaskId(1), 1, &verify(small(), &raw).unwrap()).unwrap();
+            fold.cut(count);
+            let parts: Vec<Range<u64>> = fold.parts().iter().map(Part::bytes).collect();
+            assert!(parts.len() <= count && parts.iter().all(|part| part.start % 4096 == 0), "{parts:?}");
+            assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start), "{parts:?}");
+            assert_eq!(parts.last().map_or(0, |last| last.end), raw.len() as u64);
+        }
+    }
+
+    #[test]
+    fn parts_folded_in_any_order_and_at_the_same_time_are_the_same_sum() {
+        let values: Vec<f32> = (0..10_000u32).map(|at| ((at as f32) * 0.37 - 1800.0) / 5000.0).collect();
+        let raw = to_bytes(&values);
+        let verified = verify(small(), &raw).unwrap();
+        let whole = sum_of(small(), &[(1, 7, values)]);
+        let slice = |part: &Part<'_>| &raw[part.bytes().start as usize..part.bytes().end as usize];
+        for count in [1, 2, 3, 10, 100] {
+            let mut backwards = Sum::new(small(), 10_000);
+            let mut fold = backwards.begin(TaskId(1), 7, &verified).unwrap();
+            fold.cut(count);
+            fold.parts_mut()
+                .iter_mut()
+                .rev()
+                .for_each(|part| slice(part).chunks(777).for_each(|piece| part.add(piece)));
+            fold.finish().unwrap();
+            let mut at_once = Sum::new(small(), 10_000);
+            let mut fold = at_once.begin(TaskId(1), 7, &verified).unwrap();
+            fold.cut(count);
+            std::thread::scope(|scope| {
+                for part in fold.parts_mut() {
+                    scope.spawn(|| part.add(slice(part)));
+                }
+            });
+            fold.finish().unwrap();
+            assert!(backwards == whole && at_once == whole, "{count}");
+        }
+    }
+
+    #[test]
+    fn a_part_that_is_not_read_back_whole_tears_the_sum() {
+        let raw = to_bytes(&[0.01; 3000]);
+        let verified = verify(small(), &raw).unwrap();
+        for (spoiled, bytes) in [(0, 0), (0, 4095), (0, 4097), (1, 4092), (2, 3900), (2, 3812)] {
+            let mut sum = Sum::new(small(), 3000);
+            let mut fold = sum.begin(TaskId(1), 1, &verified).unwrap();
+            fold.cut(3);
+            for (at, part) in fold.parts_mut().iter_mut().enumerate() {
+                let own = part.bytes().end - part.bytes().start;
+                part.add(&[0; 4100][..if at == spoiled { bytes } else { own as usize }]);
+            }
+            assert_eq!(fold.finish(), Err(SumError::Torn), "part {spoiled} of {bytes} bytes");
+            assert!(sum.is_torn());
+        }
     }
 
     #[test]

@@ -291,12 +291,27 @@ impl RunStore {
     /// # Errors
     /// If it cannot be read.
     pub fn payload(&self, task: TaskId, hash: Hash) -> Result<Option<Box<dyn Read + Send>>, StoreError> {
+        self.payload_from(task, hash, 0)
+    }
+
+    /// The same from a byte on.
+    ///
+    /// # Errors
+    /// As [`Self::payload`].
+    pub fn payload_from(
+        &self,
+        task: TaskId,
+        hash: Hash,
+        from: u64,
+    ) -> Result<Option<Box<dyn Read + Send>>, StoreError> {
         if let Some(place) = self.index.payloads.get(&task).filter(|place| place.hash == hash) {
             let content = self.journal.attachment(self.disk.as_ref(), place)?;
-            return Ok(content.map(|content| Box::new(Cursor::new(content)) as Box<dyn Read + Send>));
+            let mut content = content.map(Cursor::new);
+            content.iter_mut().for_each(|content| content.set_position(from));
+            return Ok(content.map(|content| Box::new(content) as Box<dyn Read + Send>));
         }
         let name = payload_file(task, hash);
-        match self.disk.read(&name, 0) {
+        match self.disk.read(&name, from) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             reader => reader.map(Some).map_err(StoreError::io(&name, "open")),
         }
