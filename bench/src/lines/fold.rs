@@ -1,25 +1,28 @@
 //! Line 5: an update verified, and folded into the ring.
 //!
 //! A fold reads a number (4 bytes) and a cell (8), and writes the cell (8); its limit is a loop that moves the same 20 bytes
-//! and does nothing with them. Once from memory, and once as the coordinator does it: the payload from the page cache by
-//! pieces that stay in the second-level cache. The limit of verifying is BLAKE3 alone, fed with the same records.
+//! and does nothing with them. From memory and from the page cache, by pieces that stay in the second-level cache; on one
+//! thread, and on as many as the coordinator folds a large update on, by the coordinator's code. The limit of verifying is
+//! BLAKE3 alone, fed with the same records.
 
 use std::fs::File;
-use std::io::{Read as _, Seek as _, Write as _};
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
 use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
+use coordinator::folding;
 use protocol::ids::{Hash, TaskId};
 use protocol::limits::RECORD_BYTES_MAX;
 use protocol::pages::Numbers;
-use protocol::sum::{Checker, Ring, Sum, Verified, Verifier};
+use protocol::sum::{Checker, Part, Ring, Sum, Verified, Verifier};
 use serde_json::json;
 
 use crate::figures::Samples;
 use crate::machine;
 use crate::report::{Aim, Measure, Report};
+use crate::rivals::{Rival, Rivals};
 use crate::sides::alternate;
 use crate::suite::Bench;
 
@@ -47,30 +50,62 @@ pub(crate) fn measure(bench: &Bench, report: &mut Report) -> Result<()> {
     let cached = Update::new(bench.disk()?, CACHED_NUMBERS)?.fold_often()?;
     let reason = format!("the arithmetic alone, in the cache, is worth {:.0} GB/s", MOVED_BYTES / cached / 1e9);
     let sides = update.alternate(repetitions, Update::fold_stored, Update::move_stored)?;
-    line.add("fold from the page cache, 20 bytes an element", MOVED_BYTES, "moving them", &sides, Some(0.85), &reason);
-    let moved = update.alternate(repetitions, Update::fold, Update::moves)?;
-    line.add("fold from memory, 20 bytes an element", MOVED_BYTES, "moving them", &moved, Some(0.85), &reason);
-    if machine::cores() > 1 {
-        let sides = update.alternate(repetitions, Update::move_on_two_threads, Update::moves)?;
-        line.add("moving 20 bytes an element on two threads", MOVED_BYTES, "on one", &sides, None, "");
+    line.add("fold from the page cache, one thread", MOVED_BYTES, "moving them", &sides, Some(0.85), &reason);
+    let sides = update.alternate(repetitions, Update::fold, Update::moves)?;
+    line.add("fold from memory, one thread", MOVED_BYTES, "moving them", &sides, Some(0.85), &reason);
+    let mut moved = sides;
+    let threads = folding::threads();
+    if threads > 1 {
+        let sides = update.alternate(repetitions, Update::fold_stored_apart, Update::move_stored_apart)?;
+        let name = format!("fold from the page cache, {threads} threads");
+        line.add(&name, MOVED_BYTES, "moving them", &sides, Some(0.85), &reason);
+        moved = update.alternate(repetitions, Update::fold_apart, Update::move_apart)?;
+        let name = format!("fold from memory, {threads} threads");
+        line.add(&name, MOVED_BYTES, "moving them", &moved, Some(0.85), &reason);
     }
     let sides = update.alternate(repetitions, Update::verify, Update::hash)?;
     let squares = NUMBER_BYTES * numbers as f64 / (sides.0.median() - sides.1.median()) / 1e9;
     let reason = format!("beside the hash, the sum of squares runs at {squares:.0} GB/s");
     line.add("verify: hash, finite, norm", NUMBER_BYTES, "BLAKE3 alone", &sides, Some(0.85), &reason);
-    let scale = f64::from(1 << 23).to_string();
-    let rival = bench.rivals.as_ref().map(|rivals| rivals.start("numpy_fold", &[&update.path()?, &scale]));
-    match rival.transpose() {
+    match bench.rivals.as_ref().map(|rivals| Numpy::start(rivals, &update)).transpose() {
         Ok(None) => {}
         Err(error) => line.report.missing(5, "fold beside numpy", &format!("{error:#}")),
         Ok(Some(mut numpy)) => {
-            let sides = alternate(repetitions, || update.fold(), || numpy.seconds(&json!({})))?;
-            let most = sides.1.median() / moved.1.median();
-            let reason = format!("moving the bytes, and nothing else, is {most:.2} times as fast as numpy");
-            line.add("fold from memory", MOVED_BYTES, "numpy", &sides, Some(2.5), &reason);
+            for (ways, name) in WAYS {
+                let sides = alternate(repetitions, || update.fold_apart(), || numpy.fold(ways))?;
+                let most = sides.1.median() / moved.1.median();
+                let reason = format!(
+                    "{}; moving the bytes, and nothing else, is {most:.2} times as fast, on {threads} threads",
+                    numpy.arrangement
+                );
+                line.add("fold from memory", MOVED_BYTES, name, &sides, Some(2.5), &reason);
+            }
         }
     }
     Ok(())
+}
+
+/// How numpy rounds, and what that is called.
+const WAYS: [(&str, &str); 2] = [("rint", "numpy"), ("bits", "numpy, with our rounding")];
+
+/// numpy in a process of its own.
+struct Numpy {
+    rival: Rival,
+    /// In how many threads, and by what blocks, it folded last.
+    arrangement: String,
+}
+
+impl Numpy {
+    fn start(rivals: &Rivals, update: &Update) -> Result<Self> {
+        let scale = f64::from(1 << 23).to_string();
+        Ok(Self { rival: rivals.start("numpy_fold", &[&update.path()?, &scale])?, arrangement: String::new() })
+    }
+
+    fn fold(&mut self, way: &str) -> Result<f64> {
+        let answer = self.rival.once(&json!({ "by": way }))?;
+        self.arrangement = answer["arrangement"].as_str().unwrap_or_default().to_owned();
+        answer["seconds"].as_f64().with_context(|| format!("expected seconds, got {answer}"))
+    }
 }
 
 /// What is measured, in bytes a second of so many numbers.
@@ -106,27 +141,29 @@ impl Table<'_> {
 
 /// An update in memory and in the page cache, and what it is folded into.
 struct Update {
-    raw: Vec<u8>,
+    /// On large pages, as numpy's.
+    raw: Numbers<u8>,
     stored: tempfile::NamedTempFile,
     verified: Verified,
     sum: Sum,
     tasks: u64,
     /// What the limit moves, on pages like the sum's.
     cells: Numbers<u64>,
-    piece: Vec<u8>,
 }
 
 impl Update {
     #[allow(clippy::cast_precision_loss)] // any numbers will do
     fn new(disk: &Path, numbers: usize) -> Result<Self> {
-        let raw: Vec<u8> = (0..numbers).flat_map(|at| ((at as f32).sin() * 1e-3).to_le_bytes()).collect();
+        let mut raw = Numbers::<u8>::zeroed(4 * numbers);
+        let (each, _) = raw.as_chunks_mut();
+        each.iter_mut().enumerate().for_each(|(at, number)| *number = ((at as f32).sin() * 1e-3).to_le_bytes());
         let mut stored = tempfile::NamedTempFile::new_in(disk)?;
         stored.write_all(&raw)?;
         let ring = Ring::weighted();
         let verified = verified(&raw, Hash::of(&raw))?;
-        let (mut cells, piece) = (Numbers::zeroed(numbers), vec![0; PIECE_BYTES]);
+        let mut cells = Numbers::zeroed(numbers);
         cells.fill(1);
-        Ok(Self { raw, stored, verified, sum: Sum::new(ring, numbers), tasks: 0, cells, piece })
+        Ok(Self { raw, stored, verified, sum: Sum::new(ring, numbers), tasks: 0, cells })
     }
 
     fn path(&self) -> Result<String> {
@@ -163,7 +200,41 @@ impl Update {
         self.tasks += 1;
         let began = Instant::now();
         let mut fold = self.sum.begin(TaskId(self.tasks), 1, &self.verified)?;
-        read(self.stored.as_file_mut(), &mut self.piece, |piece| fold.add(piece))?;
+        folding::fold(&mut fold, vec![open_at(self.stored.path(), 0)?], folding::add_from)?;
+        fold.finish()?;
+        Ok(began.elapsed().as_secs_f64())
+    }
+
+    /// By the coordinator's code, from memory.
+    fn fold_apart(&mut self) -> Result<f64> {
+        self.tasks += 1;
+        let began = Instant::now();
+        let mut fold = self.sum.begin(TaskId(self.tasks), 1, &self.verified)?;
+        folding::cut(&mut fold, self.verified.bytes());
+        let mut rest = &self.raw[..];
+        let mut slices = Vec::new();
+        for part in fold.parts() {
+            let slice;
+            (slice, rest) = rest.split_at(usize::try_from(part.bytes().end - part.bytes().start)?);
+            slices.push(slice);
+        }
+        folding::fold(&mut fold, slices, |slice, part| {
+            part.add(slice);
+            anyhow::Ok(())
+        })?;
+        fold.finish()?;
+        Ok(began.elapsed().as_secs_f64())
+    }
+
+    /// As the coordinator does it.
+    fn fold_stored_apart(&mut self) -> Result<f64> {
+        self.tasks += 1;
+        let began = Instant::now();
+        let mut fold = self.sum.begin(TaskId(self.tasks), 1, &self.verified)?;
+        folding::cut(&mut fold, self.verified.bytes());
+        let open = |part: &Part<'_>| open_at(self.stored.path(), part.bytes().start);
+        let files = fold.parts().iter().map(open).collect::<Result<Vec<File>>>()?;
+        folding::fold(&mut fold, files, folding::add_from)?;
         fold.finish()?;
         Ok(began.elapsed().as_secs_f64())
     }
@@ -177,26 +248,35 @@ impl Update {
 
     fn move_stored(&mut self) -> Result<f64> {
         let began = Instant::now();
-        let mut cells = &mut self.cells[..];
-        read(self.stored.as_file_mut(), &mut self.piece, |piece| {
-            let (numbers, _) = piece.as_chunks();
-            let (to, rest) = std::mem::take(&mut cells).split_at_mut(numbers.len());
-            move_through(to, numbers);
-            cells = rest;
-        })?;
+        move_from(open_at(self.stored.path(), 0)?, &mut self.cells)?;
         Ok(began.elapsed().as_secs_f64())
     }
 
-    fn move_on_two_threads(&mut self) -> Result<f64> {
+    /// On as many threads as the coordinator folds on.
+    fn move_apart(&mut self) -> Result<f64> {
         let began = Instant::now();
-        let half = self.cells.len() / 2;
         let (numbers, _) = self.raw.as_chunks();
-        let ((one, two), (first, second)) = (self.cells.split_at_mut(half), numbers.split_at(half));
+        let each = numbers.len().div_ceil(folding::threads());
         thread::scope(|scope| {
-            scope.spawn(|| move_through(one, first));
-            move_through(two, second);
+            for (cells, numbers) in self.cells.chunks_mut(each).zip(numbers.chunks(each)) {
+                scope.spawn(|| move_through(cells, numbers));
+            }
         });
         Ok(began.elapsed().as_secs_f64())
+    }
+
+    fn move_stored_apart(&mut self) -> Result<f64> {
+        let began = Instant::now();
+        let each = self.cells.len().div_ceil(folding::threads());
+        let path = self.stored.path();
+        let moved: Result<()> = thread::scope(|scope| {
+            let start = |(at, cells)| scope.spawn(move || move_from(open_at(path, 4 * (at * each) as u64)?, cells));
+            let threads: Vec<_> = self.cells.chunks_mut(each).enumerate().map(start).collect();
+            threads
+                .into_iter()
+                .try_for_each(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        moved.map(|()| began.elapsed().as_secs_f64())
     }
 
     fn verify(&mut self) -> Result<f64> {
@@ -221,15 +301,24 @@ fn verified(raw: &[u8], hash: Hash) -> Result<Verified> {
     Ok(verifier.finish()?)
 }
 
-/// Shows all of `file` by pieces that are whole numbers.
-fn read(file: &mut File, piece: &mut [u8], mut see: impl FnMut(&[u8])) -> Result<()> {
-    file.rewind()?;
-    loop {
-        match file.read(piece)? {
-            0 => return Ok(()),
-            read => see(&piece[..read]),
-        }
+fn open_at(path: &Path, from: u64) -> Result<File> {
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(from))?;
+    Ok(file)
+}
+
+/// Moves the numbers of as many cells as there are, by pieces.
+fn move_from(mut file: File, mut cells: &mut [u64]) -> Result<()> {
+    let mut piece = vec![0; PIECE_BYTES.min(4 * cells.len())];
+    while !cells.is_empty() {
+        let bytes = piece.len().min(4 * cells.len());
+        file.read_exact(&mut piece[..bytes])?;
+        let (numbers, _) = piece[..bytes].as_chunks();
+        let (to, rest) = cells.split_at_mut(numbers.len());
+        move_through(to, numbers);
+        cells = rest;
     }
+    Ok(())
 }
 
 /// Reads each number and each cell, and writes the cell: the least that a fold could do.
