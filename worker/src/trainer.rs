@@ -6,7 +6,7 @@
 //! the beats.
 //!
 //! Waking a thread and being woken by it costs more than the smallest tasks do. So a task is done at once, where it is
-//! ordered, if the thread has nothing to do and the task before it took less than [`BRIEF`].
+//! ordered, if the thread has nothing to do and the task before it was of its kind and took less than [`BRIEF`].
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -32,7 +32,7 @@ use crate::contents::Needs;
 use crate::error::sentence;
 use crate::options::Options;
 
-/// A task is done where it is ordered if the one before it took less: some wake-ups of a thread, and far less than a beat.
+/// A task is done where it is ordered if the last of its kind took less: some wake-ups of a thread, and far less than a beat.
 const BRIEF: Duration = Duration::from_micros(300);
 
 /// One order of work: whether it is still wanted, and how far it is.
@@ -137,7 +137,7 @@ impl Trainer {
             read: None,
             encoded: None,
             told: Vec::new(),
-            took: Duration::MAX,
+            brief: None,
         };
         let (desk, given) = (Arc::new(Mutex::new(desk)), Arc::new(AtomicUsize::new(0)));
         let (theirs, done) = (Arc::clone(&desk), Arc::clone(&given));
@@ -164,7 +164,7 @@ impl Trainer {
         self.last = Some(Arc::clone(&order.job));
         if self.given.load(Ordering::Acquire) == 0
             && let Ok(mut desk) = self.desk.try_lock()
-            && desk.took < BRIEF
+            && desk.brief == Some(order.assigned.kind)
         {
             let told = RefCell::new(Vec::new());
             desk.work(&order, &|report| told.borrow_mut().push(report));
@@ -203,8 +203,8 @@ struct Desk {
     encoded: Option<Encoded>,
     /// Notes are told once.
     told: Vec<Note>,
-    /// How long the last task took.
-    took: Duration,
+    /// What the last task was, if it was brief. Another of its kind, of the same plan, has the same work to do.
+    brief: Option<TaskKind>,
 }
 
 impl fmt::Debug for Desk {
@@ -267,6 +267,7 @@ impl Desk {
     // --- the plan ---
 
     fn consider(&mut self, welcome: Box<Welcome>, say: &dyn Fn(FromTrainer)) -> Result<RowCounts, Leave> {
+        self.brief = None;
         if welcome.learning.train.mode == Mode::Central && !self.share_rows {
             return Err(Leave::NotAllowed(
                 "the run is of mode \"central\", which sends encoded training rows to the coordinator, and their owner \
@@ -310,13 +311,14 @@ impl Desk {
 
     fn work(&mut self, order: &Order, say: &dyn Fn(FromTrainer)) {
         let began = Instant::now();
-        let task = order.assigned.task;
+        let Assigned { task, kind, .. } = *order.assigned;
         let done = if order.job.is_cancelled() { Err(Undone::Cancelled) } else { self.work_of(order) };
         self.tell_notes(say);
-        self.took = began.elapsed();
+        let took = began.elapsed();
+        self.brief = (done.is_ok() && took < BRIEF).then_some(kind);
         match done {
             Ok((mut made, payload)) => {
-                made.metrics.seconds = self.took.as_secs_f64();
+                made.metrics.seconds = took.as_secs_f64();
                 say(FromTrainer::Made { task, made: Box::new(made), payload });
             }
             Err(Undone::Cancelled) => {}

@@ -202,6 +202,21 @@ async fn rows_are_not_shared_with_a_coordinator_whose_plan_did_not_say_so() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_first_update_that_takes_long_holds_up_no_beat_however_short_the_survey_was() {
+    let stage = Stage::new();
+    let worker = stage.start(|_| ());
+    stage.enrol().await;
+    let mut long = plan(Mode::Federated);
+    long.train.local_epochs = 1_000_000;
+    let mut peer = stage.join(long).await;
+    let frozen = peer.survey(SURVEY).await;
+    peer.assign_update(UPDATE, &frozen).await;
+    peer.hear_training().await;
+    peer.finish().await;
+    worker.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_update_is_offered_again_after_a_reconnect_without_training_again() {
     let stage = Stage::new();
     let worker = stage.start(|_| ());

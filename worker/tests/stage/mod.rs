@@ -374,20 +374,42 @@ impl Peer<'_> {
     pub(crate) async fn hear(&mut self) -> Option<FromWorker> {
         within("a message", async {
             loop {
-                let mut record = BytesMut::new();
-                if !self.receive.read_record(&mut record).await.ok()? {
-                    return None;
-                }
-                let (header, body) = record.split_first_chunk_mut().unwrap();
-                let opened = self.opener.open_in_place(header, body).unwrap();
-                let Some(message) = self.assembler.push(opened).unwrap() else { continue };
-                match decode(&message).unwrap() {
+                match self.hear_any().await? {
                     FromWorker::Beat { .. } => {}
                     message => return Some(message),
                 }
             }
         })
         .await
+    }
+
+    /// A beat that tells of training that is under way.
+    pub(crate) async fn hear_training(&mut self) {
+        within("a beat beside training", async {
+            loop {
+                let message = self.hear_any().await.expect("the worker is connected");
+                assert!(matches!(message, FromWorker::Beat { .. }), "{message:?}");
+                if matches!(message, FromWorker::Beat { steps: 1.., .. }) {
+                    return;
+                }
+            }
+        })
+        .await;
+    }
+
+    /// The next message; none if the connection ended.
+    async fn hear_any(&mut self) -> Option<FromWorker> {
+        loop {
+            let mut record = BytesMut::new();
+            if !self.receive.read_record(&mut record).await.ok()? {
+                return None;
+            }
+            let (header, body) = record.split_first_chunk_mut().unwrap();
+            let opened = self.opener.open_in_place(header, body).unwrap();
+            if let Some(message) = self.assembler.push(opened).unwrap() {
+                return Some(decode(&message).unwrap());
+            }
+        }
     }
 
     /// Says that the run is over, and waits until the worker has gone.
