@@ -169,6 +169,9 @@ impl Disk for Slow {
     fn append(&mut self, name: &str, bytes: &[u8]) -> io::Result<()> {
         self.real.append(name, bytes)
     }
+    fn reserve(&mut self, name: &str, bytes: u64) -> io::Result<()> {
+        self.real.reserve(name, bytes)
+    }
     fn truncate(&mut self, name: &str, length: u64) -> io::Result<()> {
         self.real.truncate(name, length)
     }

@@ -6,6 +6,7 @@
 //! record   payload length u32 │ attachment length u32 │ kind u8 │ stripped u8 │ unix ms u64 │ durable u64 │ payload
 //!          hash of the attachment 32, if there is one │ the attachment, unless it is stripped │ chain 32
 //! chain    BLAKE3 of the chain before, both lengths, kind, unix ms, durable, payload, hash of the attachment
+//! room     zeros up to the end of the file, or nothing
 //! ```
 //!
 //! Integers are little-endian. An attachment is in the chain by its hash alone: one that is damaged leaves the journal
@@ -13,6 +14,9 @@
 //! appended, and tells damage from a torn tail: if any whole record after a broken one claims that the broken one was
 //! durable, then what was synced is damaged, and the journal is refused. Otherwise the tail is cut. A part gets its name
 //! only when its head is durable, and the part before it is durable by then; so only the last one has a tail.
+//!
+//! Where little is synced at a time, most of what a sync takes is that the file has become longer. So room is made behind the last
+//! record long before it is needed. What is cut off with a torn tail is the room, too; a part that is no longer the last keeps its.
 
 use std::io::{self, BufReader, Read};
 
@@ -35,6 +39,9 @@ pub const FACT: u8 = 1;
 
 const MAGIC: &[u8; 8] = b"tribjrnl";
 const HEAD_BYTES: usize = 26;
+
+/// How many syncs the room that is made at once has to be for, at least. For fewer, writing it takes longer than it saves.
+const SYNCS_PER_ROOM: u64 = 32;
 
 /// What was appended is written when it has so many bytes, also if nobody asks.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -142,6 +149,11 @@ pub struct Journal {
     written: u64,
     /// How much of it is durable.
     durable: u64,
+    /// As far as the file has room, and how much is made at once; none is made where that is 0.
+    room: u64,
+    room_bytes: u64,
+    /// The last sync was of so little that room pays.
+    syncs_little: bool,
     /// After what was appended, and after what was written.
     chain: Chain,
     written_chain: Chain,
@@ -172,6 +184,9 @@ impl Journal {
             part: 0,
             written: 0,
             durable: 0,
+            room: 0,
+            room_bytes: 0,
+            syncs_little: false,
             chain: [0; 32],
             written_chain: [0; 32],
             buffer: Vec::new(),
@@ -188,13 +203,16 @@ impl Journal {
         let file = self.scope.file(end.part);
         // Nothing is put there; but a file that may not be written is refused now.
         disk.append(&file, &[]).map_err(StoreError::io(&file, "write"))?;
-        if end.torn.is_some() {
-            disk.truncate(&file, end.length).map_err(StoreError::io(&file, "cut"))?;
-        }
+        disk.truncate(&file, end.length).map_err(StoreError::io(&file, "cut"))?;
         disk.sync(&file).map_err(StoreError::io(&file, "sync"))?;
-        (self.part, self.written, self.durable) = (end.part, end.length, end.length);
+        (self.part, self.written, self.durable, self.room) = (end.part, end.length, end.length, end.length);
         (self.chain, self.written_chain) = (end.chain, end.chain);
         Ok(())
+    }
+
+    /// From now on room is made for so many bytes at once, if syncs are of little.
+    pub(crate) fn make_room_of(&mut self, bytes: u64) {
+        self.room_bytes = bytes;
     }
 
     /// The hash of the plan that it names.
@@ -270,17 +288,33 @@ impl Journal {
             return Ok(0);
         }
         let file = self.file();
+        if self.syncs_little && self.length() > self.room {
+            match disk.reserve(&file, self.room_bytes) {
+                Ok(()) => self.room = self.written + self.room_bytes,
+                Err(error) => match self.undo(disk, &file, error) {
+                    // What is to be written may fit where its room does not.
+                    StoreError::Full { .. } => {}
+                    broken => return Err(broken),
+                },
+            }
+        }
         if let Err(error) = disk.append(&file, &self.buffer) {
-            let error = StoreError::io(&file, "write")(error);
-            let cut = disk.truncate(&file, self.written);
-            self.failed = cut.is_err() || !matches!(error, StoreError::Full { .. });
-            return Err(cut.err().map_or(error, StoreError::io(&file, "cut")));
+            return Err(self.undo(disk, &file, error));
         }
         let bytes = self.buffer.len() as u64;
         self.written += bytes;
         self.written_chain = self.chain;
         self.buffer.clear();
         Ok(bytes)
+    }
+
+    /// Cuts the file to what it had before a write that failed.
+    fn undo(&mut self, disk: &mut dyn Disk, file: &str, error: io::Error) -> StoreError {
+        let error = StoreError::io(file, "write")(error);
+        let cut = disk.truncate(file, self.written);
+        (self.room, self.syncs_little) = (self.written, false);
+        self.failed = cut.is_err() || !matches!(error, StoreError::Full { .. });
+        cut.err().map_or(error, StoreError::io(file, "cut"))
     }
 
     /// Forgets what was appended and not written.
@@ -303,6 +337,7 @@ impl Journal {
             disk.sync(&file).map_err(|source| StoreError::Unsynced { file, source })?;
             self.failed = false;
             self.durable = self.written;
+            self.syncs_little = bytes <= self.room_bytes / SYNCS_PER_ROOM;
         }
         Ok(bytes)
     }
@@ -328,7 +363,7 @@ impl Journal {
         self.failed = false;
         self.chain.copy_from_slice(&head[head.len() - 32..]);
         self.written_chain = self.chain;
-        (self.part, self.written, self.durable) = (part, written, written);
+        (self.part, self.written, self.durable, self.room) = (part, written, written, written);
         Ok(())
     }
 
@@ -723,7 +758,7 @@ impl Record {
     }
 }
 
-/// The next record; `None` where the bytes end.
+/// The next record; `None` where the bytes end, or nothing but room is left.
 fn read_record(
     input: &mut impl Read,
     before: &Chain,
@@ -732,10 +767,13 @@ fn read_record(
     load: bool,
 ) -> Result<Option<Record>, Broken> {
     let mut head = [0; HEAD_BYTES];
-    match fill(input, &mut head).map_err(Broken::Disk)? {
-        0 => return Ok(None),
-        HEAD_BYTES => {}
-        _ => return Err(Broken::record(offset, "it ends early")),
+    let filled = fill(input, &mut head).map_err(Broken::Disk)?;
+    if is_zero(&head[..filled]) {
+        let is_room = rest_is_zero(input).map_err(Broken::Disk)?;
+        return if is_room { Ok(None) } else { Err(Broken::record(offset, "zeros stand in its place")) };
+    }
+    if filled < HEAD_BYTES {
+        return Err(Broken::record(offset, "it ends early"));
     }
     let head = Head::check(&head).map_err(|reason| Broken::record(offset, &reason))?;
     let payload = take(input, head.payload_bytes, offset)?;
@@ -775,6 +813,21 @@ fn skip(input: &mut impl Read, bytes: u32, offset: u64) -> Result<(), Broken> {
     let skipped = io::copy(&mut input.take(u64::from(bytes)), &mut io::sink()).map_err(Broken::Disk)?;
     let whole = skipped == u64::from(bytes);
     if whole { Ok(()) } else { Err(Broken::record(offset, "it ends early")) }
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0)
+}
+
+fn rest_is_zero(input: &mut impl Read) -> io::Result<bool> {
+    let mut piece = [0; 4096];
+    loop {
+        match fill(input, &mut piece)? {
+            0 => return Ok(true),
+            filled if !is_zero(&piece[..filled]) => return Ok(false),
+            _ => {}
+        }
+    }
 }
 
 /// Fills `bytes` as far as there is something.

@@ -95,10 +95,12 @@ pub struct Limits {
     pub part_bytes: u64,
     /// A model up to this is in its commit's record.
     pub attached_bytes: usize,
+    /// Room that is made in the journal at once.
+    pub room_bytes: u64,
 }
 
 #[doc(hidden)]
-pub const LIMITS: Limits = Limits { part_bytes: 64 << 20, attached_bytes: ATTACHMENT_BYTES_MAX };
+pub const LIMITS: Limits = Limits { part_bytes: 64 << 20, attached_bytes: ATTACHMENT_BYTES_MAX, room_bytes: 1 << 20 };
 
 /// The store of one run.
 pub struct RunStore {
@@ -160,13 +162,14 @@ impl RunStore {
         let scope = Scope { prefix: JOURNAL, run, plan };
         let (mut index, mut events) = (Index::default(), Vec::new());
         refuse_headless(disk.as_ref())?;
-        let (journal, end) = Journal::open(disk.as_mut(), scope, clock, &mut |record: Record| {
+        let (mut journal, end) = Journal::open(disk.as_mut(), scope, clock, &mut |record: Record| {
             if let Some(event) = fact(&record)? {
                 index.take_in(&event, record.attached);
                 events.push(event);
             }
             Ok(())
         })?;
+        journal.make_room_of(limits.room_bytes);
         let unstripped = end.as_ref().map_or(1, |end| end.unstripped);
         let mut warnings: Vec<StoreError> = end.and_then(|end: End| end.torn).into_iter().collect();
         let mut store = Self {
@@ -838,7 +841,7 @@ mod tests {
 
     const RUN: RunId = RunId([7; 16]);
     const PLAN: Hash = Hash([8; 32]);
-    const SMALL: Limits = Limits { part_bytes: 2000, attached_bytes: 600 };
+    const SMALL: Limits = Limits { part_bytes: 2000, attached_bytes: 600, room_bytes: 32_000 };
 
     fn clock() -> u64 {
         1_700_000_000_000
@@ -913,10 +916,24 @@ mod tests {
 
     /// A run of so many rounds, closed in order.
     fn run_of(rounds: u32, bytes: usize) -> (TestDisk, Vec<Event>) {
+        let (mut disk, events) = run_with_room(rounds, bytes);
+        for file in names(&disk, JOURNAL) {
+            let whole = disk.content(&file);
+            disk.put(&file, &whole[..whole.len() - room_of(&whole)]);
+        }
+        (disk, events)
+    }
+
+    /// The same, with the room that is left behind the last record of each part.
+    fn run_with_room(rounds: u32, bytes: usize) -> (TestDisk, Vec<Event>) {
         let mut disk = TestDisk::default();
         let mut script = Script::new(&disk).unwrap();
         script.rounds(&mut disk, rounds, bytes).unwrap();
         (disk, script.appended)
+    }
+
+    fn room_of(file: &[u8]) -> usize {
+        file.iter().rev().take_while(|byte| **byte == 0).count()
     }
 
     fn names(disk: &TestDisk, prefix: &str) -> Vec<String> {
@@ -1403,6 +1420,28 @@ mod tests {
         // The last byte of the first record: the next record is the only one that knows better.
         chain.flip(file, 100 + 26 + 2 + 31, 1);
         assert!(matches!(open(&chain), Err(StoreError::Damaged { offset: 100, .. })));
+    }
+
+    #[test]
+    fn the_room_behind_the_last_record_is_no_damage_and_what_tears_in_it_is_cut() {
+        let (mut disk, events) = run_with_room(14, 500);
+        let parts = names(&disk, JOURNAL);
+        let last = parts.last().unwrap();
+        let whole = disk.content(last);
+        let (room, file) = (room_of(&whole), disk.copy());
+        assert!(room > 10_000 && parts.len() > 3 && room_of(&disk.content(&parts[parts.len() - 2])) > 10_000);
+        let loaded = open(&disk).unwrap();
+        assert_eq!((&loaded.events, loaded.warnings.len()), (&events, 0));
+        assert_eq!(disk.content(last), whole[..whole.len() - room], "the next process begins without");
+
+        let mut torn = whole.clone();
+        torn[whole.len() - room + 700..][..100].fill(7);
+        disk = file;
+        disk.put(last, &torn);
+        let loaded = open(&disk).unwrap();
+        assert_eq!(loaded.events, events);
+        assert!(loaded.warnings[0].to_string().contains("zeros stand in its place"), "{:?}", loaded.warnings);
+        assert_eq!(disk.content(last), whole[..whole.len() - room]);
     }
 
     #[test]

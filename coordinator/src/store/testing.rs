@@ -24,8 +24,8 @@ pub(crate) struct TestDisk(Arc<Mutex<Files>>);
 
 #[derive(Clone, Debug, Default)]
 struct Files {
-    /// By a number that is never used again: what a file has, and how much of that a crash leaves.
-    contents: BTreeMap<u64, (Vec<u8>, Vec<u8>)>,
+    /// By a number that is never used again.
+    contents: BTreeMap<u64, Content>,
     names: BTreeMap<String, u64>,
     durable_names: BTreeMap<String, u64>,
     count: u64,
@@ -34,6 +34,29 @@ struct Files {
     once: Option<io::ErrorKind>,
     room: Option<u64>,
     fails: (String, Option<io::ErrorKind>),
+}
+
+/// What a file has, where it ends for who appends to it, and what a crash leaves.
+#[derive(Clone, Debug, Default)]
+struct Content {
+    live: Vec<u8>,
+    end: usize,
+    durable: Vec<u8>,
+}
+
+impl Content {
+    fn of(bytes: Vec<u8>) -> Self {
+        Self { end: bytes.len(), live: bytes.clone(), durable: bytes }
+    }
+
+    /// Half of what was not synced is there.
+    fn torn(&self) -> Vec<u8> {
+        let Self { live, end, durable } = self;
+        let same = live.iter().zip(durable).take_while(|(live, durable)| live == durable).count();
+        let half = same + end.saturating_sub(same) / 2;
+        let behind = durable.get(half..).unwrap_or_default();
+        [&live[..half], behind].concat()
+    }
 }
 
 impl TestDisk {
@@ -78,14 +101,13 @@ impl TestDisk {
         let before = std::mem::take(&mut *files);
         files.count = before.count;
         files.names = if keep == 2 { before.names } else { before.durable_names };
-        for (number, (live, durable)) in before.contents {
-            let half = durable.len().min(live.len()) + live.len().saturating_sub(durable.len()) / 2;
+        for (number, content) in before.contents {
             let left = match keep {
-                0 => durable,
-                1 => live[..half].to_vec(),
-                _ => live,
+                0 => content.durable,
+                1 => content.torn(),
+                _ => content.live,
             };
-            files.contents.insert(number, (left.clone(), left));
+            files.contents.insert(number, Content::of(left));
         }
         files.durable_names = files.names.clone();
     }
@@ -97,13 +119,13 @@ impl TestDisk {
 
     pub(crate) fn content(&self, name: &str) -> Vec<u8> {
         let files = self.files();
-        files.contents[&files.names[name]].0.clone()
+        files.contents[&files.names[name]].live.clone()
     }
 
     pub(crate) fn put(&mut self, name: &str, bytes: &[u8]) {
         let mut files = self.files();
         let number = files.names[name];
-        files.contents.insert(number, (bytes.to_vec(), bytes.to_vec()));
+        files.contents.insert(number, Content::of(bytes.to_vec()));
     }
 
     pub(crate) fn flip(&mut self, name: &str, at: usize, bits: u8) {
@@ -136,12 +158,12 @@ impl Files {
 impl Disk for TestDisk {
     fn list(&self) -> io::Result<Vec<(String, u64)>> {
         let files = self.files();
-        Ok(files.names.iter().map(|(name, number)| (name.clone(), files.contents[number].0.len() as u64)).collect())
+        Ok(files.names.iter().map(|(name, number)| (name.clone(), files.contents[number].live.len() as u64)).collect())
     }
 
     fn read(&self, name: &str, from: u64) -> io::Result<Box<dyn Read + Send>> {
         let files = self.files();
-        let content = files.contents[&files.number(name)?].0.clone();
+        let content = files.contents[&files.number(name)?].live.clone();
         let from = usize::try_from(from).unwrap().min(content.len());
         Ok(Box::new(Cursor::new(content[from..].to_vec())))
     }
@@ -158,21 +180,42 @@ impl Disk for TestDisk {
                 number
             }
         };
-        let room = files.room.map_or(bytes.len(), |room| bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX)));
+        let reserved = files.contents.get(&number).map_or(0, |content| content.live.len() - content.end);
+        let free = files.room.map_or(usize::MAX, |room| usize::try_from(room).unwrap_or(usize::MAX));
+        let fits = bytes.len().min(free.saturating_add(reserved));
         // What fails may have done half of it.
-        let room = if broken.is_err() { room / 2 } else { room };
-        files.contents.entry(number).or_default().0.extend(&bytes[..room]);
-        files.room = files.room.map(|left| left - room as u64);
+        let fits = if broken.is_err() { fits / 2 } else { fits };
+        let content = files.contents.entry(number).or_default();
+        let replaced = fits.min(reserved);
+        content.live[content.end..][..replaced].copy_from_slice(&bytes[..replaced]);
+        content.live.extend(&bytes[replaced..fits]);
+        content.end += fits;
+        files.room = files.room.map(|left| left - (fits - replaced) as u64);
         broken?;
-        if room < bytes.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        if fits < bytes.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
+    fn reserve(&mut self, name: &str, bytes: u64) -> io::Result<()> {
+        let mut files = self.files();
+        files.operation("append")?;
+        let number = files.number(name)?;
+        let left = files.room;
+        let content = files.contents.entry(number).or_default();
+        let wanted = content.end + usize::try_from(bytes).unwrap();
+        let more = wanted.saturating_sub(content.live.len());
+        let fits = left.map_or(more, |left| more.min(usize::try_from(left).unwrap()));
+        content.live.resize(content.live.len() + fits, 0);
+        files.room = left.map(|left| left - fits as u64);
+        if fits < more { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
     }
 
     fn truncate(&mut self, name: &str, length: u64) -> io::Result<()> {
         let mut files = self.files();
         files.operation("truncate")?;
         let number = files.number(name)?;
-        let content = &mut files.contents.entry(number).or_default().0;
-        content.truncate(usize::try_from(length).unwrap());
+        let content = files.contents.entry(number).or_default();
+        content.live.truncate(usize::try_from(length).unwrap());
+        content.end = content.live.len();
         Ok(())
     }
 
@@ -181,7 +224,7 @@ impl Disk for TestDisk {
         files.operation("sync")?;
         let number = files.number(name)?;
         let content = files.contents.entry(number).or_default();
-        content.1 = content.0.clone();
+        content.durable = content.live.clone();
         files.durable_names.retain(|_, there| *there != number);
         files.durable_names.insert(name.to_owned(), number);
         Ok(())

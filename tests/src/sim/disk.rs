@@ -85,6 +85,8 @@ struct Node {
     /// How many of the changes the last sync should have made durable, where syncs lie.
     owed: usize,
     length: usize,
+    /// Where it ends for who appends to it: behind that, zeros are reserved.
+    end: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -146,6 +148,7 @@ impl Volume {
         let mut state = self.state();
         state.life += 1;
         (state.fuse, state.crashed, state.failing) = (None, false, None);
+        state.nodes.values_mut().for_each(|node| node.end = node.length);
         TornDisk { volume: self.clone(), life: state.life }
     }
 
@@ -232,6 +235,14 @@ impl Volume {
         Some(Flip { name: name.to_owned(), at, bit })
     }
 
+    /// How much of a file is more than zeros that were reserved.
+    #[must_use]
+    pub fn length_without_room(&self, name: &str) -> usize {
+        let state = self.state();
+        let content = state.live.get(name).map(|node| state.nodes[node].content()).unwrap_or_default();
+        content.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1)
+    }
+
     /// Turns it back, if what it was in is still there.
     pub fn flip_back(&self, flip: &Flip) {
         let mut state = self.state();
@@ -268,7 +279,7 @@ impl Volume {
 
 impl Node {
     fn of(stable: Vec<u8>) -> Self {
-        Self { length: stable.len(), stable, changes: Vec::new(), owed: 0 }
+        Self { length: stable.len(), end: stable.len(), stable, changes: Vec::new(), owed: 0 }
     }
 
     /// As a process sees it.
@@ -281,8 +292,19 @@ impl Node {
     }
 
     fn append(&mut self, bytes: &[u8]) {
-        self.changes.push(Change::Append(self.length, bytes.to_vec()));
-        self.length += bytes.len();
+        self.changes.push(Change::Append(self.end, bytes.to_vec()));
+        self.end += bytes.len();
+        self.length = self.length.max(self.end);
+    }
+
+    fn reserve(&mut self, bytes: usize) {
+        self.changes.push(Change::Append(self.length, vec![0; bytes]));
+        self.length += bytes;
+    }
+
+    /// How much of what is reserved so many bytes take.
+    fn replaced(&self, bytes: usize) -> usize {
+        bytes.min(self.length - self.end)
     }
 
     fn truncate(&mut self, length: usize) {
@@ -290,6 +312,7 @@ impl Node {
             self.changes.push(Change::Truncate(length));
             self.length = length;
         }
+        self.end = self.length;
     }
 
     fn sync(&mut self, is_lazy: bool) {
@@ -304,7 +327,7 @@ impl Node {
 impl Change {
     fn apply(&self, content: &mut Vec<u8>) {
         match self {
-            Self::Append(_, bytes) => content.extend_from_slice(bytes),
+            Self::Append(at, bytes) => overlay(content, *at, bytes),
             Self::Truncate(length) => content.truncate(*length),
         }
     }
@@ -469,16 +492,41 @@ impl State {
                 node
             }
         };
-        let room = self.free.map_or(bytes.len(), |free| bytes.len().min(usize::try_from(free).unwrap_or(usize::MAX)));
+        let replaced = self.nodes.get(&node).map_or(0, |node| node.replaced(bytes.len()));
+        let room = replaced + self.room(bytes.len() - replaced);
         let written = if self.is_cut_short() { self.below(room + 1) } else { room };
-        if let Some(free) = &mut self.free {
-            *free -= written as u64;
-        }
+        self.use_up(written.saturating_sub(replaced));
         if let Some(node) = self.nodes.get_mut(&node) {
             node.append(&bytes[..written]);
         }
         self.burn()?;
         if written < bytes.len() {
+            self.full += 1;
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        Ok(())
+    }
+
+    /// How many of so many bytes there is room for.
+    fn room(&self, bytes: usize) -> usize {
+        self.free.map_or(bytes, |free| bytes.min(usize::try_from(free).unwrap_or(usize::MAX)))
+    }
+
+    fn use_up(&mut self, bytes: usize) {
+        self.free = self.free.map(|free| free - bytes as u64);
+    }
+
+    fn reserve(&mut self, name: &str, bytes: usize) -> io::Result<()> {
+        let id = self.node(name)?;
+        let wanted = bytes - self.nodes.get(&id).map_or(0, |node| node.replaced(bytes));
+        let room = self.room(wanted);
+        let written = if self.is_cut_short() { self.below(room + 1) } else { room };
+        self.use_up(written);
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.reserve(written);
+        }
+        self.burn()?;
+        if written < wanted {
             self.full += 1;
             return Err(io::ErrorKind::StorageFull.into());
         }
@@ -579,6 +627,12 @@ impl Disk for TornDisk {
             return Err(error);
         }
         state.append(name, bytes)
+    }
+
+    fn reserve(&mut self, name: &str, bytes: u64) -> io::Result<()> {
+        let mut state = self.volume.state();
+        state.check(self.life, Operation::Append)?;
+        state.reserve(name, usize::try_from(bytes).unwrap_or(usize::MAX))
     }
 
     fn truncate(&mut self, name: &str, length: u64) -> io::Result<()> {
@@ -739,6 +793,28 @@ mod tests {
         disk.sync("journal").unwrap();
         assert_eq!(disk.sync("journal").unwrap_err().raw_os_error(), Some(5));
         disk.sync("journal").unwrap();
+    }
+
+    #[test]
+    fn what_is_appended_replaces_what_was_reserved_for_who_reserved_it() {
+        let volume = Volume::new(1);
+        let mut disk = volume.mount();
+        volume.set_free(Some(6));
+        disk.append("journal", b"ab").unwrap();
+        disk.reserve("journal", 3).unwrap();
+        assert_eq!(disk.append("journal", b"cdefgh").unwrap_err().kind(), io::ErrorKind::StorageFull);
+        disk.truncate("journal", 2).unwrap();
+        disk.reserve("journal", 3).unwrap();
+        disk.append("journal", b"c").unwrap();
+        disk.sync("journal").unwrap();
+        volume.kill();
+        assert_eq!(
+            (volume.length_without_room("journal"), content(&volume, "journal").unwrap().as_slice()),
+            (3, &b"abc\0\0"[..])
+        );
+        let mut next = volume.mount();
+        next.append("journal", b"!").unwrap();
+        assert_eq!(content(&volume, "journal").unwrap(), b"abc\0\0!");
     }
 
     #[test]

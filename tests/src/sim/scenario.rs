@@ -289,7 +289,7 @@ impl Size {
 
 fn draw_limits(draw: &mut Drawn) -> Limits {
     let part_bytes = draw.pick(&[LIMITS.part_bytes, 3_000, 30_000]);
-    Limits { part_bytes, attached_bytes: draw.pick(&[LIMITS.attached_bytes, 50, 5_000]) }
+    Limits { part_bytes, attached_bytes: draw.pick(&[LIMITS.attached_bytes, 50, 5_000]), room_bytes: 1 << 16 }
 }
 
 fn draw_plan(draw: &mut Drawn, size: &Size, is_exact: bool, bears_a_loss: bool) -> Plan {

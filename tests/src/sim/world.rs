@@ -251,10 +251,14 @@ impl World {
         self.verdict()
     }
 
-    /// What somebody who has left for good had handed in was damaged: the run waits for it, and says so.
+    /// What somebody who has left for good, or was told that the run is over, had handed in was damaged: the run waits for
+    /// it, and says so.
     fn waits_for_ever(&self) -> bool {
-        let says_so = self.coordinator.as_ref().is_some_and(|c| c.core.machine().status().paused.is_some());
-        says_so && self.weather.was_damaged && self.workers.iter().any(|worker| worker.leaves)
+        let Some(status) = self.coordinator.as_ref().map(|coordinator| coordinator.core.machine().status()) else {
+            return false;
+        };
+        let is_gone = |worker: &Worker| worker.leaves || worker.ending.is_some();
+        status.paused.is_some() && self.weather.was_damaged && self.workers.iter().any(is_gone)
     }
 
     fn verdict(self) -> Verdict {
@@ -799,8 +803,8 @@ impl World {
         let files: Vec<_> = files.into_iter().filter(|(name, _)| name.starts_with(prefix)).collect();
         let last = files.len().checked_sub(1)?;
         let pick = if place == Place::JournalEnd { last } else { self.below(files.len()) };
-        let (name, length) = files[pick].clone();
-        let length = usize::try_from(length).ok()?;
+        let name = files[pick].0.clone();
+        let length = self.volume.length_without_room(&name);
         let from = if place == Place::JournalEnd { length.saturating_sub(NEWEST_BYTES) } else { 0 };
         Some((name, from..length))
     }
