@@ -172,20 +172,26 @@ impl Rows {
     /// # Panics
     /// If there are not so many rows, or `inputs` are fewer than the row has.
     pub fn write_features(&self, at: usize, inputs: &mut [f32]) {
+        let width = self.slots.last().map_or(0, |slot| slot.end());
+        self.write_inputs(at, 0, &mut inputs[..width]);
+    }
+
+    /// Writes the inputs of row `at` from input `from` on, as many as `inputs` takes.
+    pub(crate) fn write_inputs(&self, at: usize, from: usize, inputs: &mut [f32]) {
         if self.plain {
-            for (input, &cell) in inputs.iter_mut().zip(self.cells(at)) {
+            for (input, &cell) in inputs.iter_mut().zip(&self.cells(at)[from..]) {
                 *input = if cell == MISSING { 0.0 } else { cell };
             }
             return;
         }
         inputs.fill(0.0);
-        for (slot, &cell) in self.slots.iter().zip(self.cells(at)) {
-            match *slot {
-                Slot::Number { from, missing: true } if cell == MISSING => inputs[from + 1] = 1.0,
-                Slot::Number { .. } if cell == MISSING => {}
-                Slot::Number { from, .. } => inputs[from] = cell,
-                #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // the number of a place
-                Slot::Category { from, .. } => inputs[from + cell as usize] = 1.0,
+        let (first, end) = (self.slots.partition_point(|slot| slot.end() <= from), from + inputs.len());
+        let cells = self.slots.iter().zip(self.cells(at)).skip(first);
+        for (slot, &cell) in cells.take_while(|(slot, _)| slot.start() < end) {
+            if let Some((place, value)) = slot.input(cell)
+                && let Some(input) = place.checked_sub(from).and_then(|place| inputs.get_mut(place))
+            {
+                *input = value;
             }
         }
     }
@@ -210,6 +216,22 @@ impl Rows {
 }
 
 impl Slot {
+    fn start(self) -> usize {
+        match self {
+            Self::Number { from, .. } | Self::Category { from, .. } => from,
+        }
+    }
+
+    /// The one input that is not zero, and its value.
+    fn input(self, cell: f32) -> Option<(usize, f32)> {
+        match self {
+            Self::Number { from, missing } if cell == MISSING => missing.then_some((from + 1, 1.0)),
+            Self::Number { from, .. } => Some((from, cell)),
+            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // the number of a place
+            Self::Category { from, .. } => Some((from + cell as usize, 1.0)),
+        }
+    }
+
     fn end(self) -> usize {
         match self {
             Self::Number { from, missing } => from + 1 + usize::from(missing),
@@ -434,6 +456,37 @@ impl Schema {
         match self.target {
             Target::Classification { .. } => LearningTask::Classification,
             Target::Regression { .. } => LearningTask::Regression,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_part_of_a_rows_inputs_is_what_the_whole_has_there() {
+        let number = |missing| Encoding::Numeric { mean: 0.0, deviation: 1.0, missing };
+        let words = Encoding::Categorical { vocabulary: ["a", "b", "c"].map(str::to_owned).to_vec() };
+        let encodings = [number(false), number(true), words, number(true)];
+        let columns = encodings.into_iter().enumerate();
+        let columns = columns.map(|(at, encoding)| ColumnSchema { name: at.to_string(), encoding }).collect();
+        let schema =
+            Schema { label: "y".to_owned(), target: Target::Regression { mean: 0.0, deviation: 1.0 }, columns };
+        let mut rows = Rows::new(&schema);
+        for cells in [[0.5, MISSING, 2.0, 1.5], [MISSING, -1.0, 0.0, MISSING]] {
+            cells.into_iter().for_each(|cell| rows.push_cell(cell));
+            rows.push_target(0.0);
+        }
+        for row in 0..2 {
+            let whole = rows.features(row);
+            for from in 0..=whole.len() {
+                for end in from..=whole.len() {
+                    let mut part = vec![f32::NAN; end - from];
+                    rows.write_inputs(row, from, &mut part);
+                    assert_eq!(part, whole[from..end], "row {row}, inputs {from}..{end}");
+                }
+            }
         }
     }
 }

@@ -1,13 +1,15 @@
-//! The three products of a dense layer, made for the vectors that the CPU has.
+//! The products of a dense layer, made for the vectors that the CPU has.
 //!
-//! Weights are kept as [`Panels`]: 32 columns (outputs) at a time, and of these one row (input) behind the other, the bias
-//! as the last row. So a product reads them as they lie, in strips that stay in the cache, and nothing is packed for
-//! it. Rows of a batch are a [`Matrix`] with a 1 behind each row, which the bias is multiplied by: its sum and its
-//! gradient need no code of their own.
+//! Every matrix is kept as [`Panels`]: 32 columns at a time, and of these one row behind the other, as a [`Line`]. Weights have
+//! a row for each input, the bias as the last one; a batch has its rows, with a column of ones behind the inputs that the bias
+//! is multiplied by: its sum and its gradient need no code of their own. A tile of a product, up to 12 rows by 32
+//! columns, takes numbers of one matrix one by one and lines of another. Both lie as it reads them, at distances that are known
+//! when this is compiled, in strips that stay in the cache; nothing is packed for it. What the pass back wants the other
+//! way round are the deltas of a batch, which are few, not the weights.
 //!
-//! A tile of the result, up to 12 rows by 32 columns, stays in registers while products are added to it, each cell's in
-//! their order, one fused multiply-add at a time. So the bits of a result depend neither on the tiles, nor on how many
-//! threads share them, nor on how wide the CPU's vectors are, if only it fuses.
+//! A tile stays in registers while products are added to it, each cell's in their order, one fused multiply-add at a time.
+//! So the bits of a result depend neither on the tiles, nor on how many threads share them, nor on how wide the CPU's
+//! vectors are, if only it fuses.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::_MM_HINT_T0;
@@ -18,16 +20,20 @@ use pulp::{Arch, Scalar512b, Simd, WithSimd, bytemuck};
 #[cfg(target_arch = "x86_64")]
 use pulp::{NullaryFnOnce, core_arch::x86::Sse, x86::V4};
 
-/// Columns of a panel; the last one of a matrix has half of them if they are enough.
+/// Columns of a panel.
 pub(crate) const PANEL: usize = 32;
 
+/// Columns that are computed of a panel that has no more.
 const HALF: usize = PANEL / 2;
 
-/// Rows of a panel that all rows of a batch are multiplied by before the next ones: 16 KiB, so that they stay in the nearest
-/// cache beside the rows of the batch and what is fetched ahead.
-const BLOCK_ROWS_MAX: usize = 128;
+/// A row of a panel: two cache lines.
+pub(crate) type Line = [f32; PANEL];
 
-/// Rows of a batch from which on blocks pay: with fewer a block is used too seldom to be waited for.
+/// Panels that are multiplied before the next ones, by all rows: so 16 KiB of lines stay in the nearest cache beside
+/// what is fetched ahead.
+const BLOCK_PANELS_MAX: usize = 4;
+
+/// Rows from which on blocks pay: with fewer a block is used too seldom to be waited for.
 const MANY_ROWS: usize = 32;
 
 /// Floats of a cache line, which a vector of 16 should not straddle.
@@ -54,23 +60,7 @@ struct Aligned {
     from: usize,
 }
 
-/// Rows, each at the start of a cache line, and behind each a 1.
-#[derive(Debug)]
-pub(crate) struct Matrix {
-    floats: Aligned,
-    columns: usize,
-    stride: usize,
-}
-
-/// Rows of a batch, cut into strips of as many columns as a tile of their gradient is high. Each strip lies row behind row, so
-/// that a tile reads it from one end to the other; in a [`Matrix`] each row of it would be on another page.
-#[derive(Debug)]
-pub(crate) struct Strips {
-    floats: Aligned,
-    rows: usize,
-}
-
-/// A matrix, 32 columns at a time.
+/// A matrix, 32 columns at a time; what is missing of the last panel are zeros.
 #[derive(Debug, Default)]
 pub(crate) struct Panels {
     floats: Aligned,
@@ -78,26 +68,19 @@ pub(crate) struct Panels {
     columns: usize,
 }
 
-/// Some columns of a matrix.
-#[derive(Clone, Copy)]
-struct Panel {
-    /// Where they begin in the matrix.
-    column: usize,
-    /// How many there are.
-    columns: usize,
-    /// How many there is room for: a whole panel, or half of one.
-    width: usize,
+/// A product's factors: the numbers of some rows of the one side, in panels side by side, and as many lines of the other side.
+pub(crate) struct Factors<'a> {
+    pub(crate) numbers: Vec<&'a Panels>,
+    pub(crate) lines: &'a Panels,
 }
 
 /// What becomes of a cell of a product.
 #[derive(Clone, Copy)]
-pub(crate) enum Then<'a> {
+pub(crate) enum Then {
     /// It is stored.
     Store,
     /// It is stored if it is positive, else zero.
     Relu,
-    /// It is stored where this matrix is positive, else zero.
-    Where(&'a Matrix),
 }
 
 /// What becomes of a gradient `g`.
@@ -139,163 +122,185 @@ impl Aligned {
     }
 }
 
-impl Matrix {
-    pub(crate) fn new(rows: usize, columns: usize) -> Self {
-        // An odd number of cache lines: rows a power of two apart would share a few places of the cache.
-        let stride = LINE * ((columns + 1).div_ceil(LINE) | 1);
-        let mut floats = Aligned::new(rows * stride);
-        floats.get_mut().chunks_exact_mut(stride).for_each(|row| row[columns] = 1.0);
-        Self { floats, columns, stride }
-    }
-
-    pub(crate) fn rows(&self) -> impl Iterator<Item = &[f32]> {
-        self.floats.get().chunks_exact(self.stride).map(|row| &row[..self.columns])
-    }
-
-    /// The rows with the 1 behind each, and what pads them.
-    pub(crate) fn padded_rows(&self) -> impl Iterator<Item = &[f32]> {
-        self.floats.get().chunks_exact(self.stride)
-    }
-
-    pub(crate) fn rows_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
-        let columns = self.columns;
-        self.floats.get_mut().chunks_exact_mut(self.stride).map(move |row| &mut row[..columns])
-    }
-}
-
 impl Panels {
     pub(crate) fn new(rows: usize, columns: usize) -> Self {
-        Self { floats: Aligned::new(rows * columns.next_multiple_of(HALF)), rows, columns }
+        Self { floats: Aligned::new(rows * columns.next_multiple_of(PANEL)), rows, columns }
     }
 
-    /// Takes columns `from..` of a layer from where a layout has them: the bias, then a row for each column.
-    pub(crate) fn load(&mut self, from: usize, bias: &[f32], weights: &[f32]) {
-        let inputs = self.rows - 1;
-        for panel in self.panels() {
-            let at = from + panel.column;
-            let panel_floats = self.of_mut(panel);
-            panel_floats[inputs * panel.width..][..panel.columns].copy_from_slice(&bias[at..][..panel.columns]);
-            transpose(&weights[at * inputs..][..panel.columns * inputs], inputs, inputs, panel_floats, panel.width);
+    /// With room for whole blocks of rows, as they are turned.
+    pub(crate) fn of_batch(rows: usize, columns: usize) -> Self {
+        Self::new(rows.next_multiple_of(BLOCK), columns)
+    }
+
+    /// Reads a row.
+    pub(crate) fn copy_row(&self, row: usize, to: &mut [f32]) {
+        to.chunks_mut(PANEL).enumerate().for_each(|(nth, to)| to.copy_from_slice(&self.lines(nth)[row][..to.len()]));
+    }
+
+    /// Writes a row.
+    pub(crate) fn set_row(&mut self, row: usize, from: &[f32]) {
+        let chunks = from.chunks(PANEL).enumerate();
+        chunks.for_each(|(nth, from)| self.lines_mut(nth)[row][..from.len()].copy_from_slice(from));
+    }
+
+    /// Takes a part of a layer, this being its first row and column, from where a layout has it: the bias, then a row for each
+    /// column with a number for each of `inputs`.
+    pub(crate) fn load(&mut self, (row, column): (usize, usize), inputs: usize, bias: &[f32], weights: &[f32]) {
+        let rows = self.rows.min(inputs - row);
+        for (nth, columns) in panels(self.columns).enumerate() {
+            let at = column + PANEL * nth;
+            let (lines, bias_line) = self.lines_mut(nth).split_at_mut(rows);
+            if let Some(bias_line) = bias_line.first_mut() {
+                bias_line[..columns].copy_from_slice(&bias[at..][..columns]);
+            }
+            transpose(&weights[at * inputs + row..], inputs, columns, rows, lines.as_flattened_mut(), PANEL);
         }
     }
 
     /// The reverse of [`Panels::load`].
-    pub(crate) fn store(&self, from: usize, bias: &mut [f32], weights: &mut [f32]) {
-        let inputs = self.rows - 1;
-        for panel in self.panels() {
-            let at = from + panel.column;
-            let (rows, bias_row) = self.of(panel).split_at(inputs * panel.width);
-            bias[at..][..panel.columns].copy_from_slice(&bias_row[..panel.columns]);
-            transpose(rows, panel.width, panel.columns, &mut weights[at * inputs..], inputs);
-        }
-    }
-
-    /// Becomes the transpose of `weights` without their last row.
-    pub(crate) fn transpose_of(&mut self, weights: &Self) {
-        for source in weights.panels() {
-            for panel in self.panels() {
-                let from = &weights.of(source)[panel.column * source.width..][..panel.columns * source.width];
-                let to = &mut self.of_mut(panel)[source.column * panel.width..];
-                transpose(from, source.width, source.columns, to, panel.width);
+    pub(crate) fn store(&self, (row, column): (usize, usize), inputs: usize, bias: &mut [f32], weights: &mut [f32]) {
+        let rows = self.rows.min(inputs - row);
+        for (nth, columns) in panels(self.columns).enumerate() {
+            let at = column + PANEL * nth;
+            let (lines, bias_line) = self.lines(nth).split_at(rows);
+            if let Some(bias_line) = bias_line.first() {
+                bias[at..][..columns].copy_from_slice(&bias_line[..columns]);
             }
+            transpose(lines.as_flattened(), PANEL, rows, columns, &mut weights[at * inputs + row..], inputs);
         }
     }
 
-    fn panels(&self) -> impl Iterator<Item = Panel> + use<> {
-        let all = self.columns;
-        (0..all).step_by(PANEL).map(move |column| {
-            let columns = PANEL.min(all - column);
-            Panel { column, columns, width: if columns <= HALF { HALF } else { PANEL } }
-        })
+    /// Makes the last column one of ones.
+    pub(crate) fn end_in_ones(&mut self) {
+        let column = self.columns - 1;
+        self.lines_mut(column / PANEL).iter_mut().for_each(|line| line[column % PANEL] = 1.0);
     }
 
-    /// All rows, in blocks of as even a height as can be; in one where few rows of a batch are multiplied by them.
-    fn blocks(&self, few: bool) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (rows, blocks) = (self.rows, if few { 1 } else { self.rows.div_ceil(BLOCK_ROWS_MAX) });
-        (0..blocks).map(move |nth| rows * nth / blocks..rows * (nth + 1) / blocks)
+    /// Becomes the transpose of the first `rows` rows and `columns` columns of `from`, in whole blocks.
+    pub(crate) fn turn(&mut self, from: &Self, rows: usize, columns: usize) {
+        each_block(rows, columns, |row, column| {
+            let from = &from.lines(column / PANEL)[row..];
+            let to = &mut self.lines_mut(row / PANEL)[column..];
+            turn_block(from, column % PANEL, to, row % PANEL);
+        });
     }
 
-    /// These rows of a panel, and what lies behind them, at most as much.
-    fn block(&self, panel: Panel, rows: &Range<usize>) -> (&[f32], &[f32]) {
-        let from = &self.floats.get()[panel.column * self.rows + panel.width * rows.start..];
-        let (block, behind) = from.split_at(panel.width * rows.len());
-        (block, &behind[..behind.len().min(block.len())])
+    /// The rows of a panel.
+    pub(crate) fn lines(&self, nth: usize) -> &[Line] {
+        &self.floats.get().as_chunks().0[nth * self.rows..][..self.rows]
     }
 
-    fn of(&self, panel: Panel) -> &[f32] {
-        &self.floats.get()[panel.column * self.rows..][..panel.width * self.rows]
-    }
-
-    fn of_mut(&mut self, panel: Panel) -> &mut [f32] {
-        &mut self.floats.get_mut()[panel.column * self.rows..][..panel.width * self.rows]
+    pub(crate) fn lines_mut(&mut self, nth: usize) -> &mut [Line] {
+        &mut self.floats.get_mut().as_chunks_mut().0[nth * self.rows..][..self.rows]
     }
 }
 
-/// `to[..][column..] ← then(Σ from[..][at..] · panels)` over the parts `(at, panels)`, for the first `rows` rows.
+/// How many columns each panel of so many has.
+pub(crate) fn panels(columns: usize) -> impl Iterator<Item = usize> {
+    (0..columns).step_by(PANEL).map(move |column| PANEL.min(columns - column))
+}
+
+/// How many of a panel's columns are computed.
+fn width_of(columns: usize) -> usize {
+    if columns <= HALF { HALF } else { PANEL }
+}
+
+/// `to[panel..][..] ← then(Σ numbers[rows] · lines[..columns])`, over all factors.
 pub(crate) fn multiply(
-    from: &Matrix,
-    rows: usize,
-    parts: &[(usize, &Panels)],
-    then: Then<'_>,
-    to: &mut Matrix,
-    column: usize,
+    factors: &[Factors<'_>],
+    rows: Range<usize>,
+    columns: usize,
+    then: Then,
+    to: &mut Panels,
+    panel: usize,
 ) {
-    let few = rows < MANY_ROWS;
-    let blocks = parts.iter().flat_map(|(at, panels)| panels.blocks(few).map(move |rows| (*at, *panels, rows)));
-    let blocks: Vec<_> = blocks.collect();
-    for panel in parts.first().into_iter().flat_map(|(_, panels)| panels.panels()) {
-        for (nth, (at, panels, block)) in blocks.iter().enumerate() {
-            let (weights, next) = panels.block(panel, block);
-            let (first, then) = (nth == 0, if nth + 1 == blocks.len() { then } else { Then::Store });
-            let (start, column) = (at + block.start, column + panel.column);
-            let ahead = if few { 0 } else { next.len().div_ceil(rows) };
-            make(rows, panel.width, &mut Product { from, start, weights, next, ahead, panel, first, then, to, column });
+    let (height, width) = (rows.len(), columns.div_ceil(PANEL));
+    if height == 0 || width == 0 {
+        return;
+    }
+    let blocks: Vec<_> = factors.iter().flat_map(|factors| factors.blocks(&rows)).collect();
+    let lines = |nth: usize| blocks.get(nth / width).map_or(&[][..], |block| block.lines(nth % width));
+    for (nth, block) in blocks.iter().enumerate() {
+        let tiles = height.div_ceil(tile_rows_max(Arch::new())) * block.numbers.len();
+        for (at, columns) in panels(columns).enumerate() {
+            let next = if height < MANY_ROWS { &[] } else { lines(nth * width + at + 1) };
+            let product = &mut Product {
+                numbers: &block.numbers,
+                lines: block.lines(at),
+                next,
+                ahead: next.len().div_ceil(tiles),
+                first: nth == 0,
+                then: if nth + 1 == blocks.len() { then } else { Then::Store },
+                to: &mut to.lines_mut(panel + at)[..height],
+            };
+            make(height, width_of(columns), product);
         }
     }
 }
 
-/// Follows the gradient of `weights`, whose columns are at `column..` of their layer: the sum over the rows of all batches of
-/// the products of a layer's inputs, with the 1 behind them, and the deltas of its outputs.
+/// Some panels of a product's numbers, and the rows of its lines that they meet.
+struct Block<'a> {
+    /// The lines of each panel, and how many columns it has.
+    numbers: Vec<(&'a [Line], usize)>,
+    lines: &'a Panels,
+    rows: Range<usize>,
+}
+
+impl Block<'_> {
+    fn lines(&self, panel: usize) -> &[Line] {
+        &self.lines.lines(panel)[self.rows.clone()]
+    }
+}
+
+impl<'a> Factors<'a> {
+    /// What is multiplied by all `rows` before the next block, all of as even a size as can be.
+    fn blocks(&self, rows: &Range<usize>) -> Vec<Block<'a>> {
+        let mut all = Vec::new();
+        for side in &self.numbers {
+            all.extend(
+                panels(side.columns).enumerate().map(|(nth, columns)| (&side.lines(nth)[rows.clone()], columns)),
+            );
+        }
+        let blocks = if rows.len() < MANY_ROWS { 1 } else { all.len().div_ceil(BLOCK_PANELS_MAX).max(1) };
+        let mut end = 0;
+        let block = |numbers: &[(&'a [Line], usize)]| {
+            let from = end;
+            end += numbers.iter().map(|(_, columns)| columns).sum::<usize>();
+            Block { numbers: numbers.to_vec(), lines: self.lines, rows: from..end }
+        };
+        all.chunks(all.len().div_ceil(blocks).max(1)).map(block).collect()
+    }
+}
+
+/// Deltas of some rows of a batch.
+pub(crate) struct Deltas<'a> {
+    pub(crate) rows: Range<usize>,
+    pub(crate) deltas: &'a Panels,
+}
+
+/// Follows the gradient of `weights`: the sum over the rows of a batch of the products of a layer's inputs, which lie side by side
+/// and end in ones, and the deltas of its outputs.
 pub(crate) fn follow(
     weights: &mut Panels,
     velocity: &mut Panels,
-    column: usize,
-    batches: &[(&Strips, &Matrix)],
+    inputs: &[&Panels],
+    deltas: &[Deltas<'_>],
     rule: Rule,
 ) {
-    for panel in weights.panels() {
-        let (rows, column) = (weights.rows, column + panel.column);
-        let velocity = if matches!(rule, Rule::Descend { .. }) { &mut [][..] } else { velocity.of_mut(panel) };
-        make(rows, panel.width, &mut Step { batches, column, panel, weights: weights.of_mut(panel), velocity, rule });
-    }
-}
-
-impl Strips {
-    /// Room for rows of so many columns, and a 1 behind each.
-    pub(crate) fn new(rows: usize, columns: usize) -> Self {
-        Self { floats: Aligned::new(rows * (columns + 1)), rows: 0 }
-    }
-
-    /// Takes the first `rows` rows of a matrix, with the 1 behind each.
-    pub(crate) fn take(&mut self, from: &Matrix, rows: usize) {
-        self.rows = rows;
-        make(from.columns + 1, PANEL, &mut Cut { from, rows, to: self.floats.get_mut() });
-    }
-}
-
-/// Cuts a matrix into strips.
-struct Cut<'a> {
-    from: &'a Matrix,
-    rows: usize,
-    to: &'a mut [f32],
-}
-
-impl Tile for Cut<'_> {
-    #[inline(always)]
-    fn make<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, _: S, at: usize) {
-        let to = self.to[at * self.rows..][..ROWS * self.rows].as_chunks_mut::<ROWS>().0;
-        for (to, from) in to.iter_mut().zip(self.from.padded_rows()) {
-            *to = *from[at..].first_chunk().expect("a tile ends where the rows do");
+    for (panel, columns) in panels(weights.columns).enumerate() {
+        let deltas = deltas.iter().map(|part| (part.rows.clone(), part.deltas.lines(panel)));
+        let deltas: Vec<_> = deltas.collect();
+        let gathers = matches!(rule, Rule::Gather { .. });
+        let mut velocity = if gathers { velocity.lines_mut(panel) } else { &mut [] };
+        let mut weights = weights.lines_mut(panel);
+        for side in inputs {
+            for (nth, rows) in panels(side.columns).enumerate() {
+                let (own, behind) = weights.split_at_mut(rows);
+                let (own_velocity, velocity_behind) = velocity.split_at_mut(if gathers { rows } else { 0 });
+                (weights, velocity) = (behind, velocity_behind);
+                let (inputs, deltas) = (side.lines(nth), &deltas);
+                make(rows, width_of(columns), &mut Step { inputs, deltas, weights: own, velocity: own_velocity, rule });
+            }
         }
     }
 }
@@ -426,19 +431,15 @@ pub fn fused_multiply_adds(turns: u64) -> (u64, f32) {
 }
 
 struct Product<'a> {
-    from: &'a Matrix,
-    /// The column of `from` that meets the first row of the weights.
-    start: usize,
-    weights: &'a [f32],
-    /// The weights of the next block, and how many of them are fetched for each row of this one's tiles.
-    next: &'a [f32],
+    numbers: &'a [(&'a [Line], usize)],
+    lines: &'a [Line],
+    /// Lines that are wanted after these, and how many of them are asked for with each panel.
+    next: &'a [Line],
     ahead: usize,
-    panel: Panel,
     /// Whether nothing was summed up before.
     first: bool,
-    then: Then<'a>,
-    to: &'a mut Matrix,
-    column: usize,
+    then: Then,
+    to: &'a mut [Line],
 }
 
 impl Tile for Product<'_> {
@@ -446,100 +447,83 @@ impl Tile for Product<'_> {
     fn make<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, simd: S, at: usize) {
         let zero = simd.splat_f32s(0.0);
         let mut sums = [[zero; VECTORS]; ROWS];
-        prefetch(self.next, at * self.ahead, ROWS * self.ahead);
+        let to: &mut [Line; ROWS] = self.to[at..].first_chunk_mut().expect(TILES_FIT);
         if !self.first {
             unroll!(r in ROWS {
-                sums[r] = *vectors::<S, VECTORS>(&self.to.floats.get()[(at + r) * self.to.stride + self.column..]);
+                sums[r] = *vectors::<S, VECTORS>(&to[r]);
             });
         }
-        add_rows(simd, &mut sums, &self.from.floats.get()[self.start..], self.from.stride, at, self.weights);
-        let (stride, to) = (self.to.stride, self.to.floats.get_mut());
+        let mut lines = self.lines;
+        for (numbers, columns) in self.numbers {
+            let numbers: &[Line; ROWS] = numbers[at..].first_chunk().expect(TILES_FIT);
+            let (own, behind) = lines.split_at(*columns);
+            lines = behind;
+            let (soon, later) = self.next.split_at(self.ahead.min(self.next.len()));
+            self.next = later;
+            prefetch(soon);
+            for (k, line) in (0..PANEL).zip(own) {
+                let line = vectors::<S, VECTORS>(line);
+                unroll!(r in ROWS {
+                    let x = simd.splat_f32s(numbers[r][k]);
+                    unroll!(v in VECTORS {
+                        sums[r][v] = simd.mul_add_e_f32s(x, line[v], sums[r][v]);
+                    });
+                });
+            }
+        }
+        if let Then::Relu = self.then {
+            unroll!(r in ROWS {
+                unroll!(v in VECTORS {
+                    // In this order a NaN stays one.
+                    sums[r][v] = simd.max_f32s(zero, sums[r][v]);
+                });
+            });
+        }
         unroll!(r in ROWS {
-            let place = (at + r) * stride + self.column;
-            match self.then {
-                Then::Store => {}
-                Then::Relu => {
-                    unroll!(v in VECTORS {
-                        // In this order a NaN stays one.
-                        sums[r][v] = simd.max_f32s(zero, sums[r][v]);
-                    });
-                }
-                Then::Where(matrix) => {
-                    let mask = vectors::<S, VECTORS>(&matrix.floats.get()[place..]);
-                    unroll!(v in VECTORS {
-                        sums[r][v] = simd.select_f32s(simd.greater_than_f32s(mask[v], zero), sums[r][v], zero);
-                    });
-                }
-            }
-            let to = &mut to[place..];
-            if self.panel.columns == self.panel.width {
-                *vectors_mut::<S, VECTORS>(to) = sums[r];
-            } else {
-                // A copy: what is read at a place that is known only now cannot stay in registers.
-                let row = sums[r];
-                to[..self.panel.columns].copy_from_slice(&bytemuck::cast_slice(&row)[..self.panel.columns]);
-            }
+            *vectors_mut::<S, VECTORS>(&mut to[r]) = sums[r];
         });
     }
 }
 
-/// The first vectors of `floats`.
+const TILES_FIT: &str = "a tile ends where the rows do";
+
+/// The first vectors of a line.
 #[inline(always)]
-fn vectors<S: Simd, const VECTORS: usize>(floats: &[f32]) -> &[S::f32s; VECTORS] {
-    S::as_simd_f32s(floats).0.first_chunk().expect("rows are padded to whole vectors")
+fn vectors<S: Simd, const VECTORS: usize>(line: &Line) -> &[S::f32s; VECTORS] {
+    S::as_simd_f32s(line).0.first_chunk().expect("a line is no shorter than a tile is wide")
 }
 
 /// See [`vectors`].
 #[inline(always)]
-fn vectors_mut<S: Simd, const VECTORS: usize>(floats: &mut [f32]) -> &mut [S::f32s; VECTORS] {
-    S::as_mut_simd_f32s(floats).0.first_chunk_mut().expect("rows are padded to whole vectors")
+fn vectors_mut<S: Simd, const VECTORS: usize>(line: &mut Line) -> &mut [S::f32s; VECTORS] {
+    S::as_mut_simd_f32s(line).0.first_chunk_mut().expect("a line is no shorter than a tile is wide")
 }
 
-/// `sums[r] += Σ from[at + r][j]·panel[j]`
-#[inline(always)]
-fn add_rows<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    simd: S,
-    sums: &mut [[S::f32s; VECTORS]; ROWS],
-    from: &[f32],
-    stride: usize,
-    at: usize,
-    panel: &[f32],
-) {
-    let panel = S::as_simd_f32s(panel).0.as_chunks::<VECTORS>().0;
-    let mut rows = [&[][..]; ROWS];
-    unroll!(r in ROWS {
-        rows[r] = &from[(at + r) * stride..][..panel.len()];
-    });
-    for j in 0..panel.len() {
-        unroll!(r in ROWS {
-            let x = simd.splat_f32s(rows[r][j]);
-            unroll!(v in VECTORS {
-                sums[r][v] = simd.mul_add_e_f32s(x, panel[j][v], sums[r][v]);
-            });
-        });
-    }
-}
-
-/// Asks for up to `len` floats from `from`, which are wanted soon: a tile takes longer than memory does.
+/// Asks for lines that are wanted soon: a tile takes longer than memory does.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn prefetch(floats: &[f32], from: usize, len: usize) {
+fn prefetch(lines: &[Line]) {
     let Some(sse) = Sse::try_new() else { return };
-    let floats = &floats[from.min(floats.len())..];
-    for line in floats[..len.min(floats.len())].chunks(LINE) {
-        sse._mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+    for half in lines.as_flattened().chunks_exact(LINE) {
+        sse._mm_prefetch::<_MM_HINT_T0>(half.as_ptr().cast());
     }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn prefetch(_: &[f32], _: usize, _: usize) {}
+fn prefetch(_: &[Line]) {}
+
+/// As many lines as there are of so many from a place on.
+#[inline(always)]
+fn some(lines: &[Line], from: usize, len: usize) -> &[Line] {
+    let lines = &lines[from.min(lines.len())..];
+    &lines[..len.min(lines.len())]
+}
 
 struct Step<'a> {
-    batches: &'a [(&'a Strips, &'a Matrix)],
-    column: usize,
-    panel: Panel,
-    weights: &'a mut [f32],
-    velocity: &'a mut [f32],
+    inputs: &'a [Line],
+    deltas: &'a [(Range<usize>, &'a [Line])],
+    weights: &'a mut [Line],
+    velocity: &'a mut [Line],
     rule: Rule,
 }
 
@@ -547,12 +531,11 @@ impl Tile for Step<'_> {
     #[inline(always)]
     fn make<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, simd: S, at: usize) {
         let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
-        let width = self.panel.width;
-        prefetch(self.weights, (at + ROWS) * width, ROWS * width);
-        for (inputs, deltas) in self.batches {
-            let rows = inputs.floats.get()[at * inputs.rows..][..ROWS * inputs.rows].as_chunks::<ROWS>().0;
-            for (inputs, deltas) in rows.iter().zip(deltas.padded_rows()) {
-                let deltas = vectors::<S, VECTORS>(&deltas[self.column..]);
+        prefetch(some(self.weights, at + ROWS, ROWS));
+        for (rows, deltas) in self.deltas {
+            for (inputs, deltas) in self.inputs[rows.clone()].iter().zip(*deltas) {
+                let inputs: &[f32; ROWS] = inputs[at..].first_chunk().expect(TILES_FIT);
+                let deltas = vectors::<S, VECTORS>(deltas);
                 unroll!(r in ROWS {
                     let x = simd.splat_f32s(inputs[r]);
                     unroll!(v in VECTORS {
@@ -565,8 +548,9 @@ impl Tile for Step<'_> {
             Rule::Descend { rate } => Some(rate),
             Rule::Gather { kept, rate } => {
                 let kept = simd.splat_f32s(kept);
+                let velocity: &mut [Line; ROWS] = self.velocity[at..].first_chunk_mut().expect(TILES_FIT);
                 unroll!(r in ROWS {
-                    let velocity = vectors_mut::<S, VECTORS>(&mut self.velocity[(at + r) * width..]);
+                    let velocity = vectors_mut::<S, VECTORS>(&mut velocity[r]);
                     unroll!(v in VECTORS {
                         sums[r][v] = simd.mul_add_e_f32s(kept, velocity[v], sums[r][v]);
                         velocity[v] = sums[r][v];
@@ -577,8 +561,9 @@ impl Tile for Step<'_> {
         };
         let Some(rate) = rate else { return };
         let rate = simd.splat_f32s(-rate);
+        let weights: &mut [Line; ROWS] = self.weights[at..].first_chunk_mut().expect(TILES_FIT);
         unroll!(r in ROWS {
-            let weights = vectors_mut::<S, VECTORS>(&mut self.weights[(at + r) * width..]);
+            let weights = vectors_mut::<S, VECTORS>(&mut weights[r]);
             unroll!(v in VECTORS {
                 weights[v] = simd.mul_add_e_f32s(rate, sums[r][v], weights[v]);
             });
@@ -586,13 +571,49 @@ impl Tile for Step<'_> {
     }
 }
 
-/// `to[column][row] ← from[row][column]`: the rows of `from` are `stride` apart, those of `to` are `to_stride` apart, and
-/// `from` has as many as it is long.
-fn transpose(from: &[f32], stride: usize, columns: usize, to: &mut [f32], to_stride: usize) {
-    if stride == 0 {
-        return;
+/// Of the transpose of `by_columns`, which has so many rows and columns, `by_rows` takes what stands where `values` are positive,
+/// and zeros for the rest; `by_columns` becomes its transpose if that is wanted.
+pub(crate) fn keep_positive(
+    by_columns: &mut Panels,
+    by_rows: &mut Panels,
+    values: &Panels,
+    (rows, columns): (usize, usize),
+    turned_back: bool,
+) {
+    each_block(rows, columns, |row, column| {
+        let turned = &mut by_columns.lines_mut(row / PANEL)[column..];
+        let to = &mut by_rows.lines_mut(column / PANEL)[row..];
+        turn_block(turned, row % PANEL, to, column % PANEL);
+        let values = &values.lines(column / PANEL)[row..];
+        for (to, values) in to[..BLOCK].iter_mut().zip(values) {
+            let (to, values) = (&mut to[column % PANEL..][..BLOCK], &values[column % PANEL..][..BLOCK]);
+            to.iter_mut().zip(values).for_each(|(to, value)| *to = if *value > 0.0 { *to } else { 0.0 });
+        }
+        if turned_back {
+            turn_block(to, column % PANEL, turned, row % PANEL);
+        }
+    });
+}
+
+/// Rows and columns that are transposed at once: a cache line each.
+const BLOCK: usize = LINE;
+
+/// Does something with each block by its first row and column, those that are one below the other in turn.
+fn each_block(rows: usize, columns: usize, mut with: impl FnMut(usize, usize)) {
+    for column in (0..columns).step_by(BLOCK) {
+        (0..rows).step_by(BLOCK).for_each(|row| with(row, column));
     }
-    let (arch, rows) = (Arch::new(), from.len() / stride);
+}
+
+/// Writes the transpose of the block at the start of `from` and a column to the start of `to` and a column.
+fn turn_block(from: &[Line], column: usize, to: &mut [Line], to_column: usize) {
+    let (from, to) = (&from.as_flattened()[column..], &mut to.as_flattened_mut()[to_column..]);
+    transpose(from, PANEL, BLOCK, BLOCK, to, PANEL);
+}
+
+/// `to[column][row] ← from[row][column]`: the rows of `from` are `stride` apart, those of `to` are `to_stride` apart.
+fn transpose(from: &[f32], stride: usize, rows: usize, columns: usize, to: &mut [f32], to_stride: usize) {
+    let arch = Arch::new();
     for row in (0..rows).step_by(BLOCK) {
         for column in (0..columns).step_by(BLOCK) {
             let (height, width) = (BLOCK.min(rows - row), BLOCK.min(columns - column));
@@ -607,9 +628,6 @@ fn transpose(from: &[f32], stride: usize, columns: usize, to: &mut [f32], to_str
         }
     }
 }
-
-/// Rows and columns that are transposed at once: a cache line each.
-const BLOCK: usize = LINE;
 
 fn transpose_block(from: &[f32], stride: usize, rows: usize, columns: usize, to: &mut [f32], to_stride: usize) {
     for column in 0..columns {

@@ -5,17 +5,17 @@
 //! of a row, the delta of the last layer is `(softmax(z) - y) / n`, or `2·(z - y) / n` for a number; that of a layer below
 //! is `δ·W` where it was above zero. A gradient is never stored: the tile that sums it up applies it to its weights.
 //!
-//! Threads share a step thrice: each has its own columns of every layer's weights to transpose, then its own rows of the batch
-//! until the deltas are there, then its own columns to follow. They meet in between and at the end. No sum is split, so their
-//! number changes no bit.
+//! Threads share a step by columns: each has its own of the inputs and of every layer's weights, outputs and deltas, so that its
+//! weights stay in its core's cache; only the outputs of the last layer, whose rows a loss is made of, are shared by rows. They
+//! meet after each layer on the way there and back, and at the end. No sum is split, so their number changes no bit.
 
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
 
 use crate::encoding::Rows;
-use crate::kernel::{Matrix, PANEL, Panels, Rule, Strips, Then, follow, multiply};
+use crate::kernel::{Deltas, Factors, PANEL, Panels, Rule, Then, follow, keep_positive, multiply};
 use crate::network::{Layer, to_f64};
 
 /// Rows that go through the layers at once. A larger batch goes in parts, whose gradients are added, so that memory stays
@@ -26,49 +26,64 @@ pub(crate) const PASS_ROWS_MAX: usize = 512;
 /// two threads gained a tenth to a fifth.
 const SHARED_WORK_MIN: usize = 6_000_000;
 
-/// Rows of a step that a thread has at least.
-const THREAD_ROWS_MIN: usize = 16;
-
 /// Weights that are being trained, and what that takes.
 #[derive(Debug)]
 pub(crate) struct Stepper {
     layers: Vec<Layer>,
     classes: bool,
-    /// One a thread; so are the batches. Each lock is free whenever it is asked for: who writes when is said by the turns
-    /// of the [`Crew`].
-    shares: Vec<RwLock<Share>>,
-    batches: Vec<RwLock<Batch>>,
+    /// One a thread. Each lock in them is free whenever it is asked for: who writes when is said by the turns of the [`Crew`].
+    shares: Vec<Share>,
 }
 
-/// Some columns of every layer's weights.
+/// What a thread has of a step.
 #[derive(Debug)]
-struct Share(Vec<Weights>);
+struct Share {
+    layers: Vec<LayerShare>,
+    outputs: RwLock<Outputs>,
+}
 
-/// Some columns of one layer's weights.
+/// Some columns of one layer, with all rows of a batch.
+#[derive(Debug)]
+struct LayerShare {
+    /// Its columns of the layer's inputs; the last share's end in ones.
+    inputs: RwLock<Panels>,
+    /// Its columns of the layer's outputs.
+    columns: Range<usize>,
+    weights: RwLock<Weights>,
+    /// Of its columns of the outputs; none for the last layer.
+    deltas: RwLock<Turned>,
+}
+
+/// Some columns of one layer's weights, or rows of the last one's.
 #[derive(Debug)]
 struct Weights {
-    /// The first of them.
-    column: usize,
+    /// Their first row and column.
+    from: (usize, usize),
     weights: Panels,
     /// Empty where nothing outlives a step.
     velocity: Panels,
-    /// The weights without the bias, as the deltas of the layer below need them, once a step was begun: none for the first
-    /// layer.
-    transposed: Option<Panels>,
 }
 
-/// Some rows of a batch on their way through the layers.
+/// Deltas, also the other way round, as the layer below makes its own of them.
+#[derive(Debug, Default)]
+struct Turned {
+    by_rows: Panels,
+    by_columns: Panels,
+}
+
+/// Some rows of the last layer's outputs.
 #[derive(Debug)]
-struct Batch {
-    /// How many there are this time.
-    rows: usize,
-    /// The inputs, then the outputs of each layer.
-    values: Vec<Matrix>,
-    /// The inputs of each layer, in strips.
-    strips: Vec<Strips>,
-    /// The derivatives of the loss by the outputs of each layer.
-    deltas: Vec<Matrix>,
+struct Outputs {
+    values: Panels,
+    deltas: Turned,
     losses: Vec<f32>,
+}
+
+/// Share `nth` of `all` of so many columns or rows: whole panels.
+fn share(of: usize, nth: usize, all: usize) -> Range<usize> {
+    let panels = of.div_ceil(PANEL);
+    let start = |nth: usize| (panels * nth / all * PANEL).min(of);
+    start(nth)..start(nth + 1)
 }
 
 impl Stepper {
@@ -85,10 +100,12 @@ impl Stepper {
         let all: usize = layers.iter().map(|layer| layer.weights()).sum();
         assert_eq!(weights.len(), all, "the weights are of another layout");
         let rows = rows.min(PASS_ROWS_MAX);
-        let threads = if rows * all < SHARED_WORK_MIN { 1 } else { threads.clamp(1, (rows / THREAD_ROWS_MIN).max(1)) };
-        let shares = (0..threads).map(|nth| RwLock::new(Share::new(layers, weights, gather, nth, threads)));
-        let batches = (0..threads).map(|_| RwLock::new(Batch::new(layers, rows.div_ceil(threads))));
-        Self { layers: layers.to_vec(), classes, shares: shares.collect(), batches: batches.collect() }
+        // What is shared by columns, and the rows of the last layer's weights.
+        let hidden = layers.iter().skip(1).map(|layer| layer.inputs);
+        let widest = hidden.max().or(layers.first().map(|layer| layer.inputs)).unwrap_or(0);
+        let threads = if rows * all < SHARED_WORK_MIN { 1 } else { threads.clamp(1, widest.div_ceil(PANEL).max(1)) };
+        let shares = (0..threads).map(|nth| Share::new(layers, weights, rows, gather, nth, threads));
+        Self { layers: layers.to_vec(), classes, shares: shares.collect() }
     }
 
     /// Lets `work` take steps with `rows`, with as many threads as there are shares.
@@ -113,9 +130,16 @@ impl Stepper {
 
     /// The outputs of the `picked` rows, at most [`PASS_ROWS_MAX`]. By one thread.
     pub(crate) fn outputs(&mut self, rows: &Rows, picked: &[usize]) -> Vec<f32> {
-        let (mut batch, shares) = (write(&self.batches[0]), self.shares());
-        batch.forward(&shares, rows, picked);
-        batch.values[self.layers.len()].rows().take(picked.len()).flatten().copied().collect()
+        assert_eq!(self.shares.len(), 1, "one thread has all columns");
+        self.gather(0, rows, picked);
+        for at in 0..self.layers.len() - 1 {
+            self.forward(0, at, picked.len());
+        }
+        self.output(0, picked.len());
+        let width = self.layers[self.layers.len() - 1].outputs;
+        let (outputs, mut all) = (read(&self.shares[0].outputs), vec![0.0; picked.len() * width]);
+        all.chunks_exact_mut(width).enumerate().for_each(|(row, to)| outputs.values.copy_row(row, to));
+        all
     }
 
     /// The weights in layout order.
@@ -130,20 +154,127 @@ impl Stepper {
 
     fn in_layout_order(&self, of: impl Fn(&Weights) -> &Panels) -> Vec<f32> {
         let mut all = vec![0.0; self.layers.iter().map(|layer| layer.weights()).sum()];
-        let shares = self.shares();
         let mut rest = all.as_mut_slice();
         for (at, layer) in self.layers.iter().enumerate() {
             let (own, behind) = rest.split_at_mut(layer.weights());
             let (bias, rows) = own.split_at_mut(layer.outputs);
-            shares.iter().map(|share| &share.0[at]).for_each(|part| of(part).store(part.column, bias, rows));
+            for part in self.shares.iter().map(|share| &share.layers[at]) {
+                let part = read(&part.weights);
+                of(&part).store(part.from, layer.inputs, bias, rows);
+            }
             rest = behind;
         }
         all
     }
 
-    fn shares(&self) -> Vec<RwLockReadGuard<'_, Share>> {
-        self.shares.iter().map(read).collect()
+    /// Takes a share's columns of the `picked` rows' inputs.
+    fn gather(&self, nth: usize, rows: &Rows, picked: &[usize]) {
+        let columns = share(self.layers[0].inputs, nth, self.shares.len());
+        let mut inputs = write(&self.shares[nth].layers[0].inputs);
+        for (at, &row) in picked.iter().enumerate() {
+            for (panel, from) in columns.clone().step_by(PANEL).enumerate() {
+                let width = PANEL.min(columns.end - from);
+                rows.write_inputs(row, from, &mut inputs.lines_mut(panel)[at][..width]);
+            }
+        }
     }
+
+    /// Makes a share's outputs of layer `at`, which is not the last one.
+    fn forward(&self, nth: usize, at: usize, rows: usize) {
+        let own = &self.shares[nth].layers[at];
+        let (inputs, weights) = (self.inputs(at), read(&own.weights));
+        let factors = [Factors { numbers: panels(&inputs), lines: &weights.weights }];
+        let mut outputs = write(&self.shares[nth].layers[at + 1].inputs);
+        multiply(&factors, 0..rows, own.columns.len(), Then::Relu, &mut outputs, 0);
+        if nth + 1 == self.shares.len() {
+            outputs.end_in_ones();
+        }
+    }
+
+    /// Makes a share's rows of the last layer's outputs.
+    fn output(&self, nth: usize, rows: usize) {
+        let last = self.layers.len() - 1;
+        let (inputs, mut outputs) = (self.inputs(last), write(&self.shares[nth].outputs));
+        let weights: Vec<_> = self.shares.iter().map(|share| read(&share.layers[last].weights)).collect();
+        let factors = inputs.iter().zip(&weights);
+        let factors = factors.map(|(inputs, weights)| Factors { numbers: vec![&**inputs], lines: &weights.weights });
+        let (rows, columns) = (share(rows, nth, self.shares.len()), self.layers[last].outputs);
+        multiply(&factors.collect::<Vec<_>>(), rows, columns, Then::Store, &mut outputs.values, 0);
+    }
+
+    /// The losses of a share's rows, and the deltas of their outputs.
+    fn lose(&self, nth: usize, rows: &Rows, order: &Order) {
+        let own = share(order.picked.len(), nth, self.shares.len());
+        #[allow(clippy::cast_possible_truncation)] // rounds to the nearest f32
+        let scale = (1.0 / to_f64(order.of)) as f32;
+        let width = self.layers[self.layers.len() - 1].outputs;
+        let Outputs { values, deltas, losses } = &mut *write(&self.shares[nth].outputs);
+        let (mut z, mut delta) = (vec![0.0; width], vec![0.0; width]);
+        losses.clear();
+        for (at, &row) in order.picked[own.clone()].iter().enumerate() {
+            values.copy_row(at, &mut z);
+            let target = rows.targets()[row];
+            losses.push(if self.classes {
+                cross_entropy(&z, target, &mut delta)
+            } else {
+                squared(&z, target, &mut delta)
+            });
+            delta.iter_mut().for_each(|delta| *delta *= scale);
+            deltas.by_rows.set_row(at, &delta);
+        }
+        if self.layers.len() > 1 {
+            deltas.by_columns.turn(&deltas.by_rows, own.len(), width);
+        }
+    }
+
+    /// Makes a share's deltas of layer `at`, which is not the last one, of those of the layer above.
+    fn backward(&self, nth: usize, at: usize, rows: usize) {
+        let LayerShare { columns, deltas, .. } = &self.shares[nth].layers[at];
+        let Turned { by_rows, by_columns } = &mut *write(deltas);
+        if at + 2 == self.layers.len() {
+            let weights = read(&self.shares[nth].layers[at + 1].weights);
+            for (part, above) in self.shares.iter().enumerate() {
+                let (rows, above) = (share(rows, part, self.shares.len()), read(&above.outputs));
+                let factors = [Factors { numbers: vec![&weights.weights], lines: &above.deltas.by_columns }];
+                multiply(&factors, 0..columns.len(), rows.len(), Then::Store, by_columns, rows.start / PANEL);
+            }
+        } else {
+            let above = self.shares.iter().map(|share| &share.layers[at + 1]);
+            let above: Vec<_> = above.map(|layer| (read(&layer.weights), read(&layer.deltas))).collect();
+            let factors = above
+                .iter()
+                .map(|(weights, deltas)| Factors { numbers: vec![&weights.weights], lines: &deltas.by_columns });
+            multiply(&factors.collect::<Vec<_>>(), columns.clone(), rows, Then::Store, by_columns, 0);
+        }
+        let values = read(&self.shares[nth].layers[at + 1].inputs);
+        keep_positive(by_columns, by_rows, &values, (rows, columns.len()), at > 0);
+    }
+
+    /// Follows the gradient of a share's weights of layer `at`.
+    fn follow(&self, nth: usize, at: usize, rows: usize, rule: Rule) {
+        let LayerShare { inputs, weights, deltas, .. } = &self.shares[nth].layers[at];
+        let Weights { weights, velocity, .. } = &mut *write(weights);
+        if at + 1 < self.layers.len() {
+            let deltas = read(deltas);
+            let deltas = [Deltas { rows: 0..rows, deltas: &deltas.by_rows }];
+            follow(weights, velocity, &panels(&self.inputs(at)), &deltas, rule);
+        } else {
+            let outputs: Vec<_> = self.shares.iter().map(|share| read(&share.outputs)).collect();
+            let rows = |part| share(rows, part, self.shares.len());
+            let deltas = outputs.iter().enumerate();
+            let deltas = deltas.map(|(part, outputs)| Deltas { rows: rows(part), deltas: &outputs.deltas.by_rows });
+            follow(weights, velocity, &[&read(inputs)], &deltas.collect::<Vec<_>>(), rule);
+        }
+    }
+
+    /// The inputs of layer `at`, side by side.
+    fn inputs(&self, at: usize) -> Vec<RwLockReadGuard<'_, Panels>> {
+        self.shares.iter().map(|share| read(&share.layers[at].inputs)).collect()
+    }
+}
+
+fn panels(guards: &[impl Deref<Target = Panels>]) -> Vec<&Panels> {
+    guards.iter().map(|guard| &**guard).collect()
 }
 
 /// The threads of a stepper at work, each by its number; the caller's is 0.
@@ -154,7 +285,7 @@ pub(crate) struct Crew<'a> {
     order: RwLock<Order>,
     /// Steps that were begun.
     turns: AtomicUsize,
-    /// How often a thread came to a meeting; there are three a step.
+    /// How often a thread came to a meeting; they do after each part of a step.
     met: AtomicUsize,
     /// Whether the caller has gone, or a thread panicked.
     over: AtomicBool,
@@ -189,8 +320,8 @@ impl Crew<'_> {
         }
         let turn = self.turns.fetch_add(1, Ordering::AcqRel) + 1;
         self.take_part(0, turn);
-        let batches = self.stepper.batches.iter().map(read);
-        batches.fold(0.0, |sum, batch| batch.losses[..batch.rows].iter().fold(sum, |sum, loss| sum + f64::from(*loss)))
+        let outputs = self.stepper.shares.iter().map(|share| read(&share.outputs));
+        outputs.fold(0.0, |sum, outputs| outputs.losses.iter().fold(sum, |sum, loss| sum + f64::from(*loss)))
     }
 
     /// What another thread than the caller's does: its part of each step, until it is over.
@@ -208,36 +339,36 @@ impl Crew<'_> {
 
     fn take_part(&self, nth: usize, turn: usize) {
         let order = read(&self.order);
-        write(&self.stepper.shares[nth]).transpose();
-        self.meet(3 * turn - 2);
-        self.pass(nth, &order);
-        self.meet(3 * turn - 1);
-        let batches: Vec<_> = self.stepper.batches.iter().map(read).collect();
-        write(&self.stepper.shares[nth]).follow(&batches, order.rule);
-        drop((batches, order));
-        self.meet(3 * turn);
+        let (stepper, rows, last) = (self.stepper, order.picked.len(), self.stepper.layers.len() - 1);
+        let mut meetings = (turn - 1) * (2 * last + 3)..;
+        let mut meet = || self.meet(meetings.next().unwrap_or_default());
+        stepper.gather(nth, self.rows, &order.picked);
+        meet();
+        for at in 0..last {
+            stepper.forward(nth, at, rows);
+            meet();
+        }
+        stepper.output(nth, rows);
+        stepper.lose(nth, self.rows, &order);
+        meet();
+        for at in (0..last).rev() {
+            stepper.backward(nth, at, rows);
+            meet();
+        }
+        for at in (0..=last).rev() {
+            stepper.follow(nth, at, rows, order.rule);
+        }
+        drop(order);
+        meet();
     }
 
-    /// Takes this thread's rows forward and back.
-    fn pass(&self, nth: usize, order: &Order) {
-        let Stepper { classes, shares, batches, .. } = self.stepper;
-        let (rows, threads) = (order.picked.len(), shares.len());
-        let picked = &order.picked[rows * nth / threads..rows * (nth + 1) / threads];
-        let mut batch = write(&batches[nth]);
-        let shares = self.stepper.shares();
-        batch.forward(&shares, self.rows, picked);
-        batch.lose(*classes, self.rows, picked, order.of);
-        batch.backward(&shares);
-        batch.cut();
-    }
-
-    /// Waits until all threads came to the meeting of this number.
+    /// Waits until all threads came to the meeting of this number, from 0.
     fn meet(&self, number: usize) {
         let threads = self.stepper.shares.len();
         if threads > 1 {
             self.met.fetch_add(1, Ordering::AcqRel);
             assert!(
-                self.wait(|| self.met.load(Ordering::Acquire) >= number * threads),
+                self.wait(|| self.met.load(Ordering::Acquire) >= (number + 1) * threads),
                 "another thread of the crew died"
             );
         }
@@ -264,107 +395,61 @@ const SPINS: u64 = 2_000;
 
 impl Share {
     /// Share `nth` of `all`: whole panels of each layer.
-    fn new(layers: &[Layer], weights: &[f32], gather: bool, nth: usize, all: usize) -> Self {
+    fn new(layers: &[Layer], weights: &[f32], rows: usize, gather: bool, nth: usize, all: usize) -> Self {
         let mut rest = weights;
         let parts = layers.iter().enumerate().map(|(at, layer)| {
             let (own, behind) = rest.split_at(layer.weights());
             rest = behind;
-            let panels = layer.outputs.div_ceil(PANEL);
-            let column = |nth: usize| (panels * nth / all * PANEL).min(layer.outputs);
-            Weights::new(*layer, own, column(nth)..column(nth + 1), gather, at == 0)
+            LayerShare::new(*layer, own, rows, gather, at + 1 == layers.len(), (nth, all))
         });
-        Self(parts.collect())
+        let outputs = layers.last().map_or(0, |layer| layer.outputs);
+        let own_rows = (rows.div_ceil(PANEL).div_ceil(all) * PANEL).min(rows);
+        Self { layers: parts.collect(), outputs: RwLock::new(Outputs::new(own_rows, outputs)) }
     }
+}
 
-    fn follow(&mut self, batches: &[impl Deref<Target = Batch>], rule: Rule) {
-        for (at, layer) in self.0.iter_mut().enumerate() {
-            let batch: Vec<_> = batches.iter().map(|batch| (&batch.strips[at], &batch.deltas[at])).collect();
-            follow(&mut layer.weights, &mut layer.velocity, layer.column, &batch, rule);
+impl LayerShare {
+    /// Of the `last` layer it has the weights of its inputs, not those of its outputs.
+    fn new(layer: Layer, weights: &[f32], rows: usize, gather: bool, last: bool, (nth, all): (usize, usize)) -> Self {
+        let (inputs, columns) = (share(layer.inputs, nth, all), share(layer.outputs, nth, all));
+        let with_ones = inputs.len() + usize::from(nth + 1 == all);
+        let mut own_inputs = Panels::of_batch(rows, with_ones);
+        if with_ones > inputs.len() {
+            own_inputs.end_in_ones();
         }
-    }
-
-    /// Brings the transposes up to date with the weights.
-    fn transpose(&mut self) {
-        for layer in &mut self.0 {
-            if let Some(transposed) = &mut layer.transposed {
-                transposed.transpose_of(&layer.weights);
-            }
+        let own = if last {
+            Weights::new(layer, weights, inputs.start..inputs.start + with_ones, 0..layer.outputs, gather)
+        } else {
+            Weights::new(layer, weights, 0..layer.inputs + 1, columns.clone(), gather)
+        };
+        Self {
+            inputs: RwLock::new(own_inputs),
+            weights: RwLock::new(own),
+            deltas: RwLock::new(if last { Turned::default() } else { Turned::new(rows, columns.len()) }),
+            columns,
         }
     }
 }
 
 impl Weights {
-    fn new(layer: Layer, weights: &[f32], columns: std::ops::Range<usize>, gather: bool, first: bool) -> Self {
-        let (width, height) = (columns.len(), layer.inputs + 1);
-        let mut own = Panels::new(height, width);
-        let (bias, rows) = weights.split_at(layer.outputs);
-        own.load(columns.start, bias, rows);
-        Self {
-            column: columns.start,
-            weights: own,
-            velocity: if gather { Panels::new(height, width) } else { Panels::default() },
-            transposed: (!first).then(|| Panels::new(width, layer.inputs)),
-        }
+    fn new(layer: Layer, weights: &[f32], rows: Range<usize>, columns: Range<usize>, gather: bool) -> Self {
+        let panels = || Panels::new(rows.len(), columns.len());
+        let (from, mut own) = ((rows.start, columns.start), panels());
+        let (bias, of_inputs) = weights.split_at(layer.outputs);
+        own.load(from, layer.inputs, bias, of_inputs);
+        Self { from, weights: own, velocity: if gather { panels() } else { Panels::default() } }
     }
 }
 
-impl Batch {
-    fn new(layers: &[Layer], rows: usize) -> Self {
-        let matrix = |width: usize| Matrix::new(rows, width);
-        let inputs = layers.first().map(|layer| layer.inputs);
-        Self {
-            rows: 0,
-            values: inputs.into_iter().chain(layers.iter().map(|layer| layer.outputs)).map(matrix).collect(),
-            strips: layers.iter().map(|layer| Strips::new(rows, layer.inputs)).collect(),
-            deltas: layers.iter().map(|layer| matrix(layer.outputs)).collect(),
-            losses: vec![0.0; rows],
-        }
+impl Turned {
+    fn new(rows: usize, columns: usize) -> Self {
+        Self { by_rows: Panels::of_batch(rows, columns), by_columns: Panels::of_batch(columns, rows) }
     }
+}
 
-    /// Takes the `picked` rows through all layers.
-    fn forward(&mut self, shares: &[impl Deref<Target = Share>], rows: &Rows, picked: &[usize]) {
-        self.rows = picked.len();
-        for (to, &row) in self.values[0].rows_mut().zip(picked) {
-            rows.write_features(row, to);
-        }
-        let last = self.deltas.len() - 1;
-        for at in 0..=last {
-            let then = if at < last { Then::Relu } else { Then::Store };
-            let (from, to) = self.values.split_at_mut(at + 1);
-            for Weights { column, weights, .. } in shares.iter().map(|share| &share.0[at]) {
-                multiply(&from[at], picked.len(), &[(0, weights)], then, &mut to[0], *column);
-            }
-        }
-    }
-
-    /// The losses, and the deltas of the outputs.
-    fn lose(&mut self, classes: bool, rows: &Rows, picked: &[usize], of: usize) {
-        let last = self.deltas.len();
-        #[allow(clippy::cast_possible_truncation)] // rounds to the nearest f32
-        let share = (1.0 / to_f64(of)) as f32;
-        let deltas = self.deltas[last - 1].rows_mut().zip(&mut self.losses);
-        for ((z, (delta, loss)), &row) in self.values[last].rows().zip(deltas).zip(picked) {
-            let target = rows.targets()[row];
-            *loss = if classes { cross_entropy(z, target, delta) } else { squared(z, target, delta) };
-            delta.iter_mut().for_each(|delta| *delta *= share);
-        }
-    }
-
-    /// The deltas of all layers but the last, which has its own.
-    fn backward(&mut self, shares: &[impl Deref<Target = Share>]) {
-        for at in (1..self.deltas.len()).rev() {
-            let weights = shares.iter().map(|share| &share.0[at]);
-            let parts: Vec<_> = weights.filter_map(|part| Some((part.column, part.transposed.as_ref()?))).collect();
-            let (to, from) = self.deltas.split_at_mut(at);
-            multiply(&from[0], self.rows, &parts, Then::Where(&self.values[at]), &mut to[at - 1], 0);
-        }
-    }
-
-    /// Lays the inputs of each layer as its gradient needs them.
-    fn cut(&mut self) {
-        for (strips, values) in self.strips.iter_mut().zip(&self.values) {
-            strips.take(values, self.rows);
-        }
+impl Outputs {
+    fn new(rows: usize, columns: usize) -> Self {
+        Self { values: Panels::of_batch(rows, columns), deltas: Turned::new(rows, columns), losses: Vec::new() }
     }
 }
 
