@@ -583,9 +583,9 @@ impl Workshop {
 
     /// Makes `weights` the newest model. Each form of it goes before the next one but one is made: a step has room for
     /// two beside the sum.
-    fn take_model(&mut self, weights: Vec<f32>) -> Result<Hash, WorkshopError> {
+    fn take_model(&mut self, weights: impl AsRef<[f32]>) -> Result<Hash, WorkshopError> {
         self.model = Arc::from([]);
-        let raw = to_bytes(&weights);
+        let raw = to_bytes(weights.as_ref());
         drop(weights);
         let hash = self.frame()?.network.layout().model_hash(&raw);
         (self.model, self.model_hash) = (raw.into(), Some(hash));

@@ -459,7 +459,7 @@ impl Shell {
         tokio::spawn(async move {
             let Due { stream, content, kind } = due;
             let happening = match transfer::download(stream, &content, kind).await {
-                Ok(bytes) => Happening::Downloaded(number, content, kind, bytes.into()),
+                Ok(bytes) => Happening::Downloaded(number, content, kind, bytes),
                 Err(error) => Happening::Spoiled(number, Some(content.id), error),
             };
             // Nobody listens once the worker has ended.

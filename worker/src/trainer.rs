@@ -26,6 +26,7 @@ use protocol::ids::{Hash, TaskId};
 use protocol::limits::ROWS_BYTES_MAX;
 use protocol::member::Made;
 use protocol::messages::{Assigned, Failure, Leave, Metrics, TaskKind, Welcome};
+use protocol::pages::Numbers;
 use protocol::plan::{LearningPlan, Mode};
 
 use crate::contents::Needs;
@@ -442,7 +443,8 @@ impl Start<'_> {
         let mut on_pass = counted(job);
         let trained = network.train(&self.weights, &shard.training, spec, self.key(assigned), &mut on_pass)?;
         let (steps, loss) = (trained.steps, trained.loss);
-        self.folded(assigned, trained.into_delta(&self.weights), steps, loss)
+        let (delta, length) = trained.into_delta(&self.weights);
+        self.folded(assigned, delta, length, steps, loss)
     }
 
     fn gradient(&self, assigned: &Assigned, job: &Job) -> Result<(Made, Bytes), Undone> {
@@ -450,16 +452,24 @@ impl Start<'_> {
         let spec = &self.welcome.learning.train;
         let mut on_pass = counted(job);
         let gradient = network.gradient(&self.weights, &shard.training, spec, self.key(assigned), &mut on_pass)?;
-        self.folded(assigned, gradient.values, 1, gradient.loss)
+        let length = norm(&gradient.values);
+        self.folded(assigned, gradient.values, length, 1, gradient.loss)
     }
 
     fn key(&self, assigned: &Assigned) -> TaskKey<'_> {
         TaskKey { round: u64::from(assigned.round), name: self.welcome.name.as_str() }
     }
 
-    /// A payload that goes into the sum: finite, not too long, with its weight.
-    fn folded(&self, assigned: &Assigned, values: Vec<f32>, steps: u64, loss: f64) -> Result<(Made, Bytes), Undone> {
-        let (got, max) = (norm(&values), self.bounds.norm_max);
+    /// A payload that goes into the sum: finite, with this norm, which is not too long, and its weight.
+    fn folded(
+        &self,
+        assigned: &Assigned,
+        values: Numbers<f32>,
+        got: f64,
+        steps: u64,
+        loss: f64,
+    ) -> Result<(Made, Bytes), Undone> {
+        let max = self.bounds.norm_max;
         if !got.is_finite() || !loss.is_finite() {
             return Err(Undone::Failed(Failure::NotFinite));
         }

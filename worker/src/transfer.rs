@@ -9,6 +9,7 @@ use protocol::ids::{ContentId, Hash};
 use protocol::layout::model_hasher;
 use protocol::limits::{MODEL_BYTES_MAX, RECORD_BYTES_MAX, SCHEMA_BYTES_MAX};
 use protocol::messages::{ContentRef, DecodeError, Download, Upload, decode, encode};
+use protocol::pages::Numbers;
 use protocol::session::record::{RECORD_HEADER_BYTES, RECORD_TAG_BYTES};
 use protocol::session::{BroadcastOpener, Flag, Opener, Sealer};
 use transport::{Connection, Ended, Frame, FrameError, RecvStream, SendStream, StreamError};
@@ -138,15 +139,16 @@ pub(crate) async fn download(
     mut stream: RecvStream,
     content: &ContentRef,
     kind: ContentKind,
-) -> Result<Vec<u8>, TransferError> {
+) -> Result<Bytes, TransferError> {
     let max = kind.bytes_max();
     if content.bytes > max {
         return Err(TransferError::TooLarge { got: content.bytes, max });
     }
     let mut opener = BroadcastOpener::new(content.id, &content.key);
     let mut hasher = kind.hasher();
-    // The announcement is the coordinator's word inside the session, and bounded above.
-    let mut bytes = Vec::with_capacity(usize::try_from(content.bytes).unwrap_or(0));
+    // The announcement is the coordinator's word inside the session, and bounded above; a large page is there once it is written.
+    let mut bytes = Numbers::<u8>::zeroed(usize::try_from(content.bytes).unwrap_or(0));
+    let mut got = 0;
     let mut record = BytesMut::new();
     while !opener.is_finished() {
         if !stream.read_record(&mut record).await? {
@@ -154,15 +156,14 @@ pub(crate) async fn download(
         }
         let (header, body) = record.split_first_chunk_mut().ok_or(TransferError::Cut)?;
         let opened = opener.open_in_place(header, body)?;
-        if (bytes.len() + opened.plaintext.len()) as u64 > content.bytes {
-            return Err(TransferError::TooLong { expected: content.bytes });
-        }
+        let place = bytes.get_mut(got..got + opened.plaintext.len());
+        place.ok_or(TransferError::TooLong { expected: content.bytes })?.copy_from_slice(opened.plaintext);
+        got += opened.plaintext.len();
         hasher.update(opened.plaintext);
-        bytes.extend_from_slice(opened.plaintext);
     }
     stream.close();
-    check(content, bytes.len() as u64, hasher.finalize().into())?;
-    Ok(bytes)
+    check(content, got as u64, hasher.finalize().into())?;
+    Ok(Bytes::from_owner(bytes))
 }
 
 fn check(content: &ContentRef, got: u64, hash: Hash) -> Result<(), TransferError> {

@@ -104,7 +104,7 @@ impl Network {
     #[must_use]
     pub fn gradient_by_autograd(&self, weights: &[f32], rows: &Rows, picked: &[usize]) -> Gradient {
         let (values, loss) = self.differentiate(weights, rows, picked).expect(SHAPES);
-        Gradient { values, loss }
+        Gradient { values: values.into(), loss }
     }
 
     fn differentiate(&self, weights: &[f32], rows: &Rows, picked: &[usize]) -> CandleResult<(Vec<f32>, f64)> {

@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 
 use protocol::layout::from_bytes;
+use protocol::pages::Numbers;
 use pulp::bytemuck;
 
 /// The numbers of `raw`: where they lie, if this machine can read them there. `None` if `raw` does not end with a number.
@@ -18,10 +19,10 @@ pub fn numbers(raw: &[u8]) -> Option<Cow<'_, [f32]>> {
 
 /// Numbers that are read as their bytes.
 #[derive(Debug)]
-pub struct RawNumbers(Vec<f32>);
+pub struct RawNumbers(Numbers<f32>);
 
-impl From<Vec<f32>> for RawNumbers {
-    fn from(mut numbers: Vec<f32>) -> Self {
+impl From<Numbers<f32>> for RawNumbers {
+    fn from(mut numbers: Numbers<f32>) -> Self {
         if cfg!(target_endian = "big") {
             numbers.iter_mut().for_each(|number| *number = f32::from_bits(number.to_bits().swap_bytes()));
         }
@@ -45,7 +46,7 @@ mod tests {
     fn numbers_are_the_same_wherever_they_lie_and_however_they_are_given() {
         let values = vec![1.5, -0.0, f32::MIN_POSITIVE, f32::INFINITY, 3e-41];
         let raw = to_bytes(&values);
-        assert_eq!(RawNumbers::from(values.clone()).as_ref(), raw);
+        assert_eq!(RawNumbers::from(Numbers::from(values.clone())).as_ref(), raw);
         for shift in 0..4 {
             let mut shifted = vec![0; shift];
             shifted.extend(&raw);

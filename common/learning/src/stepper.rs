@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
 
+use protocol::pages::Numbers;
+
 use crate::encoding::Rows;
 use crate::kernel::{Deltas, Factors, PANEL, Panels, Rule, Then, follow, keep_positive, multiply};
 use crate::network::{Layer, to_f64};
@@ -143,18 +145,18 @@ impl Stepper {
     }
 
     /// The weights in layout order.
-    pub(crate) fn weights(&self) -> Vec<f32> {
+    pub(crate) fn weights(&self) -> Numbers<f32> {
         self.in_layout_order(|layer| &layer.weights)
     }
 
     /// The gradient that was gathered, in layout order.
-    pub(crate) fn gradient(&self) -> Vec<f32> {
+    pub(crate) fn gradient(&self) -> Numbers<f32> {
         self.in_layout_order(|layer| &layer.velocity)
     }
 
-    fn in_layout_order(&self, of: impl Fn(&Weights) -> &Panels) -> Vec<f32> {
-        let mut all = vec![0.0; self.layers.iter().map(|layer| layer.weights()).sum()];
-        let mut rest = all.as_mut_slice();
+    fn in_layout_order(&self, of: impl Fn(&Weights) -> &Panels) -> Numbers<f32> {
+        let mut all = Numbers::zeroed(self.layers.iter().map(|layer| layer.weights()).sum());
+        let mut rest = &mut all[..];
         for (at, layer) in self.layers.iter().enumerate() {
             let (own, behind) = rest.split_at_mut(layer.weights());
             let (bias, rows) = own.split_at_mut(layer.outputs);

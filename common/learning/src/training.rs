@@ -7,6 +7,7 @@
 use std::ops::ControlFlow;
 
 use protocol::draw::Draw;
+use protocol::pages::Numbers;
 use protocol::plan::{BatchSize, TrainSpec};
 
 use crate::encoding::Rows;
@@ -30,7 +31,7 @@ pub type OnPass<'a> = &'a mut dyn FnMut(u64) -> ControlFlow<()>;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Trained {
     /// The weights.
-    pub weights: Vec<f32>,
+    pub weights: Numbers<f32>,
     /// Steps of the optimizer.
     pub steps: u64,
     /// Mean loss over the rows of all steps, each with the weights before its step.
@@ -41,7 +42,7 @@ pub struct Trained {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gradient {
     /// In layout order.
-    pub values: Vec<f32>,
+    pub values: Numbers<f32>,
     /// Mean loss over the batch.
     pub loss: f64,
 }
@@ -61,28 +62,56 @@ pub enum Stopped {
 }
 
 impl Trained {
-    /// How far the weights went from `start`.
+    /// How far the weights went from `start`, and its [`norm`].
     #[must_use]
-    pub fn into_delta(mut self, start: &[f32]) -> Vec<f32> {
-        self.weights.iter_mut().zip(start).for_each(|(weight, before)| *weight -= before);
-        self.weights
+    pub fn into_delta(mut self, start: &[f32]) -> (Numbers<f32>, f64) {
+        let mut squares = Squares::default();
+        for (weights, before) in self.weights.chunks_mut(IN_CACHE).zip(start.chunks(IN_CACHE)) {
+            weights.iter_mut().zip(before).for_each(|(weight, before)| *weight -= before);
+            squares.add(weights);
+        }
+        (self.weights, squares.norm())
     }
 }
 
-/// The L2 norm of `values`, in f64.
+/// The L2 norm of `values`, in f64. It is finite if all of them are, and else is not.
 #[must_use]
 pub fn norm(values: &[f32]) -> f64 {
-    let squares = |values: &[f32]| values.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    let mut sums = [0.0; LANES];
-    for chunk in chunks {
-        sums.iter_mut().zip(chunk).for_each(|(sum, &x)| *sum += f64::from(x) * f64::from(x));
-    }
-    (sums.iter().sum::<f64>() + squares(rest)).sqrt()
+    let mut squares = Squares::default();
+    squares.add(values);
+    squares.norm()
 }
+
+/// Numbers that stay in the cache between two looks at them: a multiple of [`LANES`].
+const IN_CACHE: usize = 4096;
 
 /// Sums of squares that are made side by side: one alone waits for itself at each addition.
 const LANES: usize = 16;
+
+#[derive(Default)]
+struct Squares {
+    lanes: [f64; LANES],
+    rest: f64,
+}
+
+impl Squares {
+    fn add(&mut self, values: &[f32]) {
+        let (chunks, rest) = values.as_chunks::<LANES>();
+        for chunk in chunks {
+            self.lanes.iter_mut().zip(chunk).for_each(|(sum, &x)| *sum += f64::from(x) * f64::from(x));
+        }
+        self.rest += rest.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
+    }
+
+    fn norm(&self) -> f64 {
+        (self.lanes.iter().sum::<f64>() + self.rest).sqrt()
+    }
+}
+
+/// Looks at all of them, whatever it finds: looking for the first would not vectorise.
+fn all_finite(values: &[f32]) -> bool {
+    values.iter().fold(true, |all, x| all & x.is_finite())
+}
 
 impl Network {
     /// Trains from `start` for `local_epochs` passes over `rows`, in an order drawn for `key`.
@@ -121,7 +150,7 @@ impl Network {
             Ok(())
         })?;
         let weights = stepper.weights();
-        if !weights.iter().all(|x| x.is_finite()) {
+        if !all_finite(&weights) {
             return Err(Stopped::NotFinite { steps: steps.saturating_sub(1) });
         }
         let seen = to_f64(rows.len()) * f64::from(spec.local_epochs);
@@ -155,7 +184,7 @@ impl Network {
         let loss = stepper.with_crew(rows, |crew| over_parts(crew, &batch, gather, &mut 0, on_pass))?;
         let loss = if batch.is_empty() { 0.0 } else { loss / to_f64(batch.len()) };
         let values = stepper.gradient();
-        let finite = loss.is_finite() && values.iter().all(|x| x.is_finite());
+        let finite = loss.is_finite() && all_finite(&values);
         if finite { Ok(Gradient { values, loss }) } else { Err(Stopped::NotFinite { steps: 0 }) }
     }
 }

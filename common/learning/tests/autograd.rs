@@ -131,7 +131,7 @@ fn steps_follow_the_gradient_with_and_without_momentum_in_batches_that_do_not_di
                 draw.shuffle(&mut order);
                 for picked in order.chunks(batch as usize) {
                     let gradient = case.by_autograd(&weights, picked);
-                    for ((w, v), g) in weights.iter_mut().zip(&mut velocity).zip(&gradient.values) {
+                    for ((w, v), g) in weights.iter_mut().zip(&mut velocity).zip(&*gradient.values) {
                         *v = momentum as f32 * *v + g;
                         *w -= 0.1 * *v;
                     }

@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use protocol::evaluation::{Evaluation, EvaluationSummary, summarise};
+use protocol::pages::Numbers;
 use protocol::plan::{BatchSize, DataSpec, ModelSpec, TrainSpec};
 use tempfile::TempDir;
 use tributary_learning::{
@@ -67,7 +68,7 @@ impl Fleet {
             let deltas = NAMES.iter().zip(&self.shards).map(|(name, shard)| {
                 let trained =
                     network.train(&weights, &shard.training, spec, TaskKey { round, name }, &mut go_on).unwrap();
-                (shard.training.len(), trained.into_delta(&weights))
+                (shard.training.len(), trained.into_delta(&weights).0)
             });
             let mean = weighted_mean(&deltas.collect::<Vec<_>>());
             weights.iter_mut().zip(mean).for_each(|(w, delta)| *w = (f64::from(*w) + delta) as f32);
@@ -80,11 +81,11 @@ fn go_on(_: u64) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-fn weighted_mean(parts: &[(usize, Vec<f32>)]) -> Vec<f64> {
+fn weighted_mean(parts: &[(usize, Numbers<f32>)]) -> Vec<f64> {
     let all: usize = parts.iter().map(|(rows, _)| rows).sum();
     let mut mean = vec![0.0; parts[0].1.len()];
     for (rows, values) in parts {
-        mean.iter_mut().zip(values).for_each(|(m, v)| *m += f64::from(*v) * *rows as f64 / all as f64);
+        mean.iter_mut().zip(&**values).for_each(|(m, v)| *m += f64::from(*v) * *rows as f64 / all as f64);
     }
     mean
 }
@@ -120,7 +121,8 @@ fn full_batch_gradients_of_three_shards_are_full_batch_training_on_their_union()
         let mut alone = network.initial(7);
         let mut together = alone.clone();
         for round in 1..=20 {
-            alone = network.train(&alone, &union, &spec, TaskKey { round, name: "" }, &mut go_on).unwrap().weights;
+            let key = TaskKey { round, name: "" };
+            alone = network.train(&alone, &union, &spec, key, &mut go_on).unwrap().weights.to_vec();
             let parts = NAMES.iter().zip(&fleet.shards).map(|(name, shard)| {
                 let key = TaskKey { round, name };
                 let gradient = network.gradient(&together, &shard.training, &spec, key, &mut go_on).unwrap();
@@ -150,7 +152,7 @@ fn a_batch_in_parts_has_the_gradient_of_the_whole() {
     let (whole, parts) = (gradient(&union), gradient(&many));
     assert!(many.len() > 2 * 4096);
     assert!((whole.loss - parts.loss).abs() < 1e-6);
-    assert!(whole.values.iter().zip(&parts.values).all(|(a, b)| (a - b).abs() < 1e-6));
+    assert!(whole.values.iter().zip(&*parts.values).all(|(a, b)| (a - b).abs() < 1e-6));
 }
 
 #[test]
@@ -268,7 +270,7 @@ fn a_task_without_rows_changes_nothing() {
     let (start, none) = (network.initial(7), Rows::new(&fleet.schema));
     let key = TaskKey { round: 1, name: "a" };
     let trained = network.train(&start, &none, &TrainSpec::default(), key, &mut go_on).unwrap();
-    assert_eq!((trained.steps, trained.into_delta(&start)), (0, vec![0.0; start.len()]));
+    assert_eq!((trained.steps, trained.into_delta(&start)), (0, (vec![0.0; start.len()].into(), 0.0)));
     assert_eq!(network.evaluate(&start, &none, &fleet.schema), None);
     assert!(
         network

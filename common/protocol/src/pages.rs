@@ -65,6 +65,19 @@ impl<T: Pod> DerefMut for Numbers<T> {
     }
 }
 
+/// Numbers that are there already, where they are.
+impl<T> From<Vec<T>> for Numbers<T> {
+    fn from(numbers: Vec<T>) -> Self {
+        Self(Place::Small(numbers))
+    }
+}
+
+impl<T: Pod> AsRef<[T]> for Numbers<T> {
+    fn as_ref(&self) -> &[T] {
+        self
+    }
+}
+
 impl<T: Pod> Clone for Numbers<T> {
     fn clone(&self) -> Self {
         let mut copy = Self::zeroed(self.len());

@@ -121,7 +121,7 @@ impl Reference {
         let start = network.initial(self.plan.train.seed);
         let spec = TrainSpec { local_epochs: self.plan.train.rounds, ..self.plan.train.clone() };
         let key = TaskKey { round: 1, name: "" };
-        network.train(&start, &self.union(), &spec, key, &mut |_| ControlFlow::Continue(())).unwrap().weights
+        network.train(&start, &self.union(), &spec, key, &mut |_| ControlFlow::Continue(())).unwrap().weights.to_vec()
     }
 }
 
