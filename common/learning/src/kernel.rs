@@ -287,19 +287,24 @@ pub(crate) fn follow(
     deltas: &[Deltas<'_>],
     rule: Rule,
 ) {
+    let parts: Vec<_> = deltas.iter().filter(|part| !part.rows.is_empty()).collect();
+    let gathers = matches!(rule, Rule::Gather { .. });
     for (panel, columns) in panels(weights.columns).enumerate() {
-        let deltas = deltas.iter().map(|part| (part.rows.clone(), part.deltas.lines(panel)));
-        let deltas: Vec<_> = deltas.collect();
-        let gathers = matches!(rule, Rule::Gather { .. });
         let mut velocity = if gathers { velocity.lines_mut(panel) } else { &mut [] };
-        let mut weights = weights.lines_mut(panel);
+        let (mut weights, width) = (weights.lines_mut(panel), width_of(columns));
+        if let [Deltas { rows, deltas }] = &parts[..]
+            && rows.len() <= tile_rows_max(Arch::new())
+        {
+            let (first_row, deltas) = (rows.start, deltas.lines(panel));
+            make(rows.len(), width, &mut BriefStep { inputs, first_row, deltas, weights, velocity, rule });
+            continue;
+        }
+        let deltas: Vec<_> = parts.iter().map(|part| (part.rows.clone(), part.deltas.lines(panel))).collect();
         for side in inputs {
             for (nth, rows) in panels(side.columns).enumerate() {
-                let (own, behind) = weights.split_at_mut(rows);
-                let (own_velocity, velocity_behind) = velocity.split_at_mut(if gathers { rows } else { 0 });
-                (weights, velocity) = (behind, velocity_behind);
                 let (inputs, deltas) = (side.lines(nth), &deltas);
-                make(rows, width_of(columns), &mut Step { inputs, deltas, weights: own, velocity: own_velocity, rule });
+                make(rows, width, &mut Step { inputs, deltas, weights, velocity, rule });
+                (weights, velocity) = (&mut weights[rows..], if gathers { &mut velocity[rows..] } else { velocity });
             }
         }
     }
@@ -512,13 +517,6 @@ fn prefetch(lines: &[Line]) {
 #[cfg(not(target_arch = "x86_64"))]
 fn prefetch(_: &[Line]) {}
 
-/// As many lines as there are of so many from a place on.
-#[inline(always)]
-fn some(lines: &[Line], from: usize, len: usize) -> &[Line] {
-    let lines = &lines[from.min(lines.len())..];
-    &lines[..len.min(lines.len())]
-}
-
 struct Step<'a> {
     inputs: &'a [Line],
     deltas: &'a [(Range<usize>, &'a [Line])],
@@ -531,7 +529,11 @@ impl Tile for Step<'_> {
     #[inline(always)]
     fn make<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, simd: S, at: usize) {
         let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
-        prefetch(some(self.weights, at + ROWS, ROWS));
+        if let Some(next) = self.weights[at + ROWS..].first_chunk::<ROWS>() {
+            unroll!(r in ROWS {
+                prefetch(&next[r..r + 1]);
+            });
+        }
         for (rows, deltas) in self.deltas {
             for (inputs, deltas) in self.inputs[rows.clone()].iter().zip(*deltas) {
                 let inputs: &[f32; ROWS] = inputs[at..].first_chunk().expect(TILES_FIT);
@@ -544,30 +546,122 @@ impl Tile for Step<'_> {
                 });
             }
         }
-        let rate = match self.rule {
-            Rule::Descend { rate } => Some(rate),
+        let weights: &mut [Line; ROWS] = self.weights[at..].first_chunk_mut().expect(TILES_FIT);
+        match self.rule {
+            Rule::Descend { rate } => {
+                unroll!(r in ROWS {
+                    descend::<S, VECTORS>(simd, rate, &sums[r], &mut weights[r]);
+                });
+            }
             Rule::Gather { kept, rate } => {
-                let kept = simd.splat_f32s(kept);
                 let velocity: &mut [Line; ROWS] = self.velocity[at..].first_chunk_mut().expect(TILES_FIT);
                 unroll!(r in ROWS {
-                    let velocity = vectors_mut::<S, VECTORS>(&mut velocity[r]);
-                    unroll!(v in VECTORS {
-                        sums[r][v] = simd.mul_add_e_f32s(kept, velocity[v], sums[r][v]);
-                        velocity[v] = sums[r][v];
-                    });
+                    gather::<S, VECTORS>(simd, kept, &mut sums[r], &mut velocity[r]);
+                    if let Some(rate) = rate {
+                        descend::<S, VECTORS>(simd, rate, &sums[r], &mut weights[r]);
+                    }
                 });
-                rate
             }
-        };
-        let Some(rate) = rate else { return };
-        let rate = simd.splat_f32s(-rate);
-        let weights: &mut [Line; ROWS] = self.weights[at..].first_chunk_mut().expect(TILES_FIT);
+        }
+    }
+}
+
+/// `w ← w - rate·g`
+#[inline(always)]
+fn descend<S: Simd, const VECTORS: usize>(simd: S, rate: f32, gradient: &[S::f32s; VECTORS], weights: &mut Line) {
+    let (rate, weights) = (simd.splat_f32s(-rate), vectors_mut::<S, VECTORS>(weights));
+    unroll!(v in VECTORS {
+        weights[v] = simd.mul_add_e_f32s(rate, gradient[v], weights[v]);
+    });
+}
+
+/// `v ← kept·v + g`, and `g` becomes `v`.
+#[inline(always)]
+fn gather<S: Simd, const VECTORS: usize>(simd: S, kept: f32, gradient: &mut [S::f32s; VECTORS], velocity: &mut Line) {
+    let (kept, velocity) = (simd.splat_f32s(kept), vectors_mut::<S, VECTORS>(velocity));
+    unroll!(v in VECTORS {
+        gradient[v] = simd.mul_add_e_f32s(kept, velocity[v], gradient[v]);
+        velocity[v] = gradient[v];
+    });
+}
+
+/// A [`Step`] of a batch that is no more than a tile is high: its deltas stay in registers, and the weights pass by. Tiles of
+/// weights would begin and end more often than they multiply.
+struct BriefStep<'a> {
+    inputs: &'a [&'a Panels],
+    /// The first row of the inputs.
+    first_row: usize,
+    deltas: &'a [Line],
+    weights: &'a mut [Line],
+    velocity: &'a mut [Line],
+    rule: Rule,
+}
+
+impl Tile for BriefStep<'_> {
+    #[inline(always)]
+    fn make<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, simd: S, _: usize) {
+        let lines: &[Line; ROWS] = self.deltas.first_chunk().expect(TILES_FIT);
+        let mut deltas = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
         unroll!(r in ROWS {
-            let weights = vectors_mut::<S, VECTORS>(&mut weights[r]);
-            unroll!(v in VECTORS {
-                weights[v] = simd.mul_add_e_f32s(rate, sums[r][v], weights[v]);
+            deltas[r] = *vectors::<S, VECTORS>(&lines[r]);
+        });
+        let mut from = 0;
+        for side in self.inputs {
+            for (nth, rows) in panels(side.columns).enumerate() {
+                let inputs: &[Line; ROWS] = side.lines(nth)[self.first_row..].first_chunk().expect(TILES_FIT);
+                let whole = rows / GROUP * GROUP;
+                for k in (0..whole).step_by(GROUP) {
+                    self.group::<S, ROWS, VECTORS, GROUP>(simd, inputs, (k, from + k), &deltas);
+                }
+                for k in whole..rows {
+                    self.group::<S, ROWS, VECTORS, 1>(simd, inputs, (k, from + k), &deltas);
+                }
+                from += rows;
+            }
+        }
+    }
+}
+
+/// Rows of weights whose sums are made side by side: one alone waits for itself at each addition.
+const GROUP: usize = 4;
+
+impl BriefStep<'_> {
+    /// Does `GROUP` rows of weights from `row`, where the inputs are in columns from `k`.
+    #[inline(always)]
+    fn group<S: Simd, const ROWS: usize, const VECTORS: usize, const GROUP: usize>(
+        &mut self,
+        simd: S,
+        inputs: &[Line; ROWS],
+        (k, row): (usize, usize),
+        deltas: &[[S::f32s; VECTORS]; ROWS],
+    ) {
+        let mut sums = [[simd.splat_f32s(0.0); VECTORS]; GROUP];
+        unroll!(r in ROWS {
+            let inputs: &[f32; GROUP] = inputs[r][k..].first_chunk().expect(TILES_FIT);
+            unroll!(at in GROUP {
+                let x = simd.splat_f32s(inputs[at]);
+                unroll!(v in VECTORS {
+                    sums[at][v] = simd.mul_add_e_f32s(x, deltas[r][v], sums[at][v]);
+                });
             });
         });
+        let weights: &mut [Line; GROUP] = self.weights[row..].first_chunk_mut().expect(TILES_FIT);
+        match self.rule {
+            Rule::Descend { rate } => {
+                unroll!(at in GROUP {
+                    descend::<S, VECTORS>(simd, rate, &sums[at], &mut weights[at]);
+                });
+            }
+            Rule::Gather { kept, rate } => {
+                let velocity: &mut [Line; GROUP] = self.velocity[row..].first_chunk_mut().expect(TILES_FIT);
+                unroll!(at in GROUP {
+                    gather::<S, VECTORS>(simd, kept, &mut sums[at], &mut velocity[at]);
+                    if let Some(rate) = rate {
+                        descend::<S, VECTORS>(simd, rate, &sums[at], &mut weights[at]);
+                    }
+                });
+            }
+        }
     }
 }
 
