@@ -1,39 +1,21 @@
 //! Folding on several threads: parts of one update into their own cells, so that the sum does not depend on who was first.
 //!
-//! A fold waits for memory, and one core does not keep all of it busy: two fold 1.8 times as fast. But a thread has to be
-//! started, and the other cores may have work of their own. So a small update is folded by who asks, and a large one is cut
-//! into more parts than there are threads: each takes the next when it has done one, and whoever comes late holds nobody up.
+//! A fold waits for memory, and one core does not keep all of it busy: two fold 1.8 times as fast.
 
 use std::io::{self, Read};
-use std::num::NonZero;
-use std::sync::{LazyLock, Mutex, PoisonError};
-use std::thread;
 
 use protocol::sum::{Fold, Part};
 
-/// Threads that fold one update. More than a few do not make memory faster.
-static THREADS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, NonZero::get).min(4));
-
-/// Parts of one update for each thread.
-const PARTS_A_THREAD: usize = 4;
-
-/// Below this a part is not worth a thread: it takes one 0.6 ms, in which a second one has hardly begun.
-const PART_BYTES_MIN: u64 = 4 << 20;
+use crate::crew;
 
 /// How much of a payload is in memory at once on each thread: it stays in the second-level cache beside the cells that it is
 /// added to.
 const PIECE_BYTES: usize = 256 * 1024;
 
-/// How many threads fold a large update.
-#[must_use]
-pub fn threads() -> usize {
-    *THREADS
-}
-
 /// Cuts a fold of so many bytes as it is folded fastest.
 pub fn cut(fold: &mut Fold<'_>, bytes: u64) {
-    let parts = usize::try_from(bytes / PART_BYTES_MIN).unwrap_or(usize::MAX).min(PARTS_A_THREAD * *THREADS);
-    if *THREADS > 1 && parts > 1 {
+    let parts = crew::parts(bytes);
+    if parts > 1 {
         fold.cut(parts);
     }
 }
@@ -41,31 +23,15 @@ pub fn cut(fold: &mut Fold<'_>, bytes: u64) {
 /// Folds each part with what `add` does with its source, on as many threads as pay.
 ///
 /// # Errors
-/// The first of `add`. The sum is torn then.
+/// One of `add`. The sum is torn then.
 pub fn fold<S: Send, E: Send>(
     fold: &mut Fold<'_>,
     sources: Vec<S>,
     add: impl Fn(S, &mut Part<'_>) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
     assert_eq!(sources.len(), fold.parts().len(), "each part has its own source");
-    let helpers = sources.len().min(*THREADS).saturating_sub(1);
-    let parts = Mutex::new(sources.into_iter().zip(fold.parts_mut()));
-    let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let work = || {
-        while let Some((source, part)) = next() {
-            add(source, part)?;
-        }
-        Ok(())
-    };
-    thread::scope(|scope| {
-        // Where there is no thread to be had, who is here does it all.
-        let start = |_| thread::Builder::new().name("fold".to_owned()).spawn_scoped(scope, work).ok();
-        let helpers: Vec<_> = (0..helpers).filter_map(start).collect();
-        let ours = work();
-        let theirs =
-            helpers.into_iter().map(|helper| helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        theirs.fold(ours, Result::and)
-    })
+    let bytes = fold.parts().last().map_or(0, |last| last.bytes().end);
+    crew::share(bytes, sources.into_iter().zip(fold.parts_mut()), |(source, part)| add(source, part))
 }
 
 /// Adds the bytes of a part, and no others, from where `source` stands.
@@ -117,7 +83,7 @@ mod tests {
         let mut sum = Sum::new(Ring::weighted(), NUMBERS as usize);
         let mut many = sum.begin(TaskId(1), 3, &verified).unwrap();
         cut(&mut many, verified.bytes());
-        assert_eq!(many.parts().len() > 1, threads() > 1);
+        assert_eq!(many.parts().len() > 1, crew::threads() > 1);
         let sources = many.parts().iter().map(|part| tail(&raw, part)).collect();
         fold(&mut many, sources, add_from).unwrap();
         many.finish().unwrap();

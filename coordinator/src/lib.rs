@@ -13,6 +13,7 @@ pub mod conn;
 pub mod control;
 pub mod core;
 pub mod crash;
+pub mod crew;
 pub mod enrol;
 pub mod fleet;
 pub mod folding;

@@ -3,7 +3,7 @@
 //! The event loop hands it [`Job`]s in the order in which the machine decided, and hears [`Done`]s in that order: what
 //! a commit announces was sealed before the commit is reported synced. The model exists as raw bytes, and a step changes
 //! them where they stand: so at most four models are in memory, the bytes, the sum (two models wide) and the sealed copy
-//! that is streamed. Folding a large update it has others help it, over cells that none shares ([`folding`]).
+//! that is streamed. With what is large a [`crew`] helps it: each has cells, parameters and records that nobody else has.
 //!
 //! To wake a thread and to be woken by it takes longer than all that a small round asks for. So a [`Job`] that is over in
 //! some microseconds and cannot wait for a device is done by whoever gives it ([`WorkshopHandle::give`]), if nothing is
@@ -29,14 +29,15 @@ use protocol::evaluation::EvaluationSummary;
 use protocol::federation::{Event, EventNo, Frozen, Input, SurveyOutcome};
 use protocol::ids::{ContentId, Hash, TaskId, WorkerId, WorkerName};
 use protocol::layout::{LayoutError, from_bytes, to_bytes};
-use protocol::limits::RECORD_BYTES_MAX;
 use protocol::messages::{ContentKey, ContentRef};
 use protocol::plan::{ModelSpec, Plan};
-use protocol::session::{BroadcastSealer, Flag, RecordError};
-use protocol::strategy::{ServerState, step};
+use protocol::session::RecordError;
+use protocol::session::broadcast::{ContentPart, cut_content};
+use protocol::strategy::{ServerState, StepPart, step_in_parts};
 use protocol::sum::{Sum, SumError, Verified, Verifier, weight_shift};
 use tokio::sync::mpsc;
 
+use crate::crew;
 use crate::folding;
 use crate::intake::Payload;
 use crate::state::{StateError, make_private_dir, write_durably};
@@ -155,24 +156,33 @@ pub struct Content {
 }
 
 impl Content {
-    /// Seals `plaintext` under a fresh key.
-    fn seal(kind: Kind, hash: Hash, plaintext: &[u8]) -> Result<Self, WorkshopError> {
+    /// Seals `plaintext` under a fresh key, and asks `hash` for its hash meanwhile.
+    fn seal(kind: Kind, hash: impl Fn(&[u8]) -> Hash + Sync, plaintext: &[u8]) -> Result<Self, WorkshopError> {
         let (mut id, mut key) = (ContentId([0; 16]), ContentKey([0; 32]));
         getrandom::fill(&mut id.0)?;
         getrandom::fill(&mut key.0)?;
-        let mut sealer = BroadcastSealer::new(id, &key);
-        let count = plaintext.len().div_ceil(RECORD_BYTES_MAX).max(1);
-        let mut chunks = plaintext.chunks(RECORD_BYTES_MAX);
-        let mut records = Vec::with_capacity(count);
-        for place in 1..=count {
-            let flag = if place == count { Flag::Final } else { Flag::Plain };
-            let mut record = Vec::new();
-            sealer.seal(flag, chunks.next().unwrap_or_default(), &mut record)?;
-            records.push(record.into());
-        }
-        let reference = ContentRef { id, key, hash, bytes: plaintext.len() as u64 };
-        Ok(Self { reference, kind, records })
+        let bytes = plaintext.len() as u64;
+        let parts = cut_content(id, &key, plaintext, crew::parts(bytes))?;
+        let (mut of_all, mut sealed) = (Hash([0; 32]), vec![Vec::new(); parts.len()]);
+        let sealing = parts.into_iter().zip(&mut sealed).map(|(part, records)| Share::Seal(part, records));
+        let mut shares = vec![Share::Hash(&mut of_all)];
+        shares.extend(sealing);
+        crew::share(bytes, shares.into_iter(), |share| -> Result<(), RecordError> {
+            match share {
+                Share::Hash(place) => *place = hash(plaintext),
+                Share::Seal(part, place) => *place = part.seal()?,
+            }
+            Ok(())
+        })?;
+        let reference = ContentRef { id, key, hash: of_all, bytes };
+        Ok(Self { reference, kind, records: sealed.into_iter().flatten().map(Bytes::from).collect() })
     }
+}
+
+/// What there is to be done for a content.
+enum Share<'a> {
+    Hash(&'a mut Hash),
+    Seal(ContentPart<'a>, &'a mut Vec<Vec<u8>>),
 }
 
 /// What the survey made.
@@ -601,25 +611,31 @@ impl Workshop {
     fn seal_all(&mut self) -> Result<(), WorkshopError> {
         if self.frame.is_some() {
             self.say(Done::Schema(self.frame()?.schema.clone()));
-            self.seal(Kind::Schema, Hash::of(&self.schema), self.schema.clone())?;
+            let schema = self.seal(Kind::Schema, Hash::of, &self.schema)?;
+            self.say(Done::Sealed(Arc::new(schema)));
             self.seal_model()?;
         }
         Ok(())
     }
 
     fn seal_model(&self) -> Result<(), WorkshopError> {
-        match self.model_hash {
-            Some(hash) => self.seal(Kind::Model, hash, self.model.clone()),
-            None => Ok(()),
+        if let Some(hash) = self.model_hash {
+            let model = self.seal(Kind::Model, |_| hash, &self.model)?;
+            self.say(Done::Sealed(Arc::new(model)));
         }
+        Ok(())
     }
 
-    fn seal(&self, kind: Kind, hash: Hash, plaintext: Arc<[u8]>) -> Result<(), WorkshopError> {
+    fn seal(
+        &self,
+        kind: Kind,
+        hash: impl Fn(&[u8]) -> Hash + Sync,
+        plaintext: &[u8],
+    ) -> Result<Content, WorkshopError> {
         let began = Instant::now();
-        let content = Content::seal(kind, hash, &plaintext)?;
+        let content = Content::seal(kind, hash, plaintext)?;
         self.telemetry.metrics.seal_seconds.record(began.elapsed().as_secs_f64());
-        self.say(Done::Sealed(Arc::new(content)));
-        Ok(())
+        Ok(content)
     }
 
     // --- rounds ---
@@ -658,19 +674,32 @@ impl Workshop {
         };
         let folded: Vec<TaskId> = sum.tasks().iter().copied().collect();
         assert_eq!(folded, tasks, "the sum holds the updates of the round and no other");
-        let mean = sum.mean().map_err(|error| WorkshopError::Unusable(error.to_string()))?;
+        let mean_max = sum.mean_max();
+        let bytes = self.model.len() as u64;
+        let means = sum.drain(crew::parts(bytes));
+        let means = means.map_err(|error| WorkshopError::Unusable(error.to_string()))?;
         // Nobody else has it by now: the store has written it, and what is streamed is the sealed copy.
         let (model, _) = Arc::make_mut(&mut self.model).as_chunks_mut();
-        let stepped = step(&self.plan.learning, server, model, mean, sum.mean_max());
-        sum.clear();
+        let stepped = step_in_parts(&self.plan.learning, server, model, means, mean_max).and_then(|parts| {
+            crew::share(bytes, parts.iter(), StepPart::check)?;
+            crew::share(bytes, parts.into_iter(), |part| {
+                part.take();
+                Ok(())
+            })
+        });
         if let Err(error) = stepped {
+            sum.clear();
             self.say(Done::Learned(Input::StepFailed { round, sentence: error.to_string() }));
             return self.seal_model();
         }
-        let hash = self.frame()?.network.layout().model_hash(&self.model);
+        sum.drained();
+        let layout = self.frame()?.network.layout();
+        let sealed = self.seal(Kind::Model, |model| layout.model_hash(model), &self.model)?;
+        let hash = sealed.reference.hash;
         self.model_hash = Some(hash);
         self.say(Done::Learned(Input::Stepped { round, model: hash, train_loss: None }));
-        self.seal_model()
+        self.say(Done::Sealed(Arc::new(sealed)));
+        Ok(())
     }
 
     fn weights(&self) -> Result<Vec<f32>, WorkshopError> {

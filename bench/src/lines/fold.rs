@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
-use coordinator::folding;
+use coordinator::{crew, folding};
 use protocol::ids::{Hash, TaskId};
 use protocol::limits::RECORD_BYTES_MAX;
 use protocol::pages::Numbers;
@@ -54,7 +54,7 @@ pub(crate) fn measure(bench: &Bench, report: &mut Report) -> Result<()> {
     let sides = update.alternate(repetitions, Update::fold, Update::moves)?;
     line.add("fold from memory, one thread", MOVED_BYTES, "moving them", &sides, Some(0.85), &reason);
     let mut moved = sides;
-    let threads = folding::threads();
+    let threads = crew::threads();
     if threads > 1 {
         let sides = update.alternate(repetitions, Update::fold_stored_apart, Update::move_stored_apart)?;
         let name = format!("fold from the page cache, {threads} threads");
@@ -256,7 +256,7 @@ impl Update {
     fn move_apart(&mut self) -> Result<f64> {
         let began = Instant::now();
         let (numbers, _) = self.raw.as_chunks();
-        let each = numbers.len().div_ceil(folding::threads());
+        let each = numbers.len().div_ceil(crew::threads());
         thread::scope(|scope| {
             for (cells, numbers) in self.cells.chunks_mut(each).zip(numbers.chunks(each)) {
                 scope.spawn(|| move_through(cells, numbers));
@@ -267,7 +267,7 @@ impl Update {
 
     fn move_stored_apart(&mut self) -> Result<f64> {
         let began = Instant::now();
-        let each = self.cells.len().div_ceil(folding::threads());
+        let each = self.cells.len().div_ceil(crew::threads());
         let path = self.stored.path();
         let moved: Result<()> = thread::scope(|scope| {
             let start = |(at, cells)| scope.spawn(move || move_from(open_at(path, 4 * (at * each) as u64)?, cells));

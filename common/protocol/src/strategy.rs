@@ -13,6 +13,7 @@
 
 use crate::layout;
 use crate::plan::{LearningPlan, Mode, Strategy};
+use crate::sum::MeanPart;
 
 /// What the server step keeps from round to round: for SGD with momentum the velocity, else nothing.
 #[derive(Clone, PartialEq)]
@@ -110,58 +111,168 @@ pub fn step(
     mean: impl ExactSizeIterator<Item = f64> + Clone,
     mean_max: f64,
 ) -> Result<(), StepError> {
-    let train = &learning.train;
+    let rule = Rule::of(learning)?;
     check_length("mean", mean.len(), model.len())?;
-    match (train.mode, learning.strategy) {
-        (Mode::Federated, Strategy::FedAvg) => apply(model, mean, mean_max, |w, mean| w + mean),
-        (Mode::Gradient, _) if train.momentum == 0.0 => {
-            apply(model, mean, train.learning_rate * mean_max, |w, mean| w - train.learning_rate * mean)
+    rule.check_state(state, model.len())?;
+    rule.check(model, &state.velocity, mean.clone(), mean_max)?;
+    rule.take(model, &mut state.velocity, mean);
+    Ok(())
+}
+
+/// One step in parts that may be looked at, and then taken, at the same time: `means` are those of [`Sum::drain`], in order,
+/// and `mean_max` is [`Sum::mean_max`]. It is a step if all parts are taken, and none before all were found good.
+///
+/// # Errors
+/// If sizes differ, or the mode has no step.
+///
+/// [`Sum::drain`]: crate::sum::Sum::drain
+/// [`Sum::mean_max`]: crate::sum::Sum::mean_max
+pub fn step_in_parts<'a>(
+    learning: &LearningPlan,
+    state: &'a mut ServerState,
+    model: &'a mut [[u8; 4]],
+    means: impl Iterator<Item = MeanPart<'a>>,
+    mean_max: f64,
+) -> Result<Vec<StepPart<'a>>, StepError> {
+    let rule = Rule::of(learning)?;
+    let means: Vec<MeanPart<'a>> = means.collect();
+    check_length("mean", means.iter().map(MeanPart::parameters).sum(), model.len())?;
+    rule.check_state(state, model.len())?;
+    let (mut model, mut velocity) = (model, state.velocity.as_mut_slice());
+    let parts = means.into_iter().map(|mean| {
+        let (model, velocity) = (first(&mut model, mean.parameters()), first(&mut velocity, mean.parameters()));
+        StepPart { rule, model, velocity, mean, mean_max }
+    });
+    Ok(parts.collect())
+}
+
+/// Takes the first `count` off, or all that there are.
+fn first<'a, T>(rest: &mut &'a mut [T], count: usize) -> &'a mut [T] {
+    let all = std::mem::take(rest);
+    let (first, behind) = all.split_at_mut(count.min(all.len()));
+    *rest = behind;
+    first
+}
+
+/// Some parameters of a step.
+pub struct StepPart<'a> {
+    rule: Rule,
+    model: &'a mut [[u8; 4]],
+    velocity: &'a mut [f32],
+    mean: MeanPart<'a>,
+    mean_max: f64,
+}
+
+/// Without the numbers.
+impl core::fmt::Debug for StepPart<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("StepPart").field("parameters", &self.model.len()).finish_non_exhaustive()
+    }
+}
+
+/// Numbers that are in the cache while they are stepped and their cells cleared.
+const IN_CACHE: usize = 4096;
+
+impl StepPart<'_> {
+    /// Looks whether it can be taken.
+    ///
+    /// # Errors
+    /// If a result is not finite.
+    pub fn check(&self) -> Result<(), StepError> {
+        self.rule.check(self.model, self.velocity, self.mean.means(), self.mean_max)
+    }
+
+    /// Takes it, and clears its cells of the sum.
+    pub fn take(self) {
+        let Self { rule, model, velocity, mut mean, .. } = self;
+        let mut velocity = velocity.chunks_mut(IN_CACHE);
+        for (model, mut mean) in model.chunks_mut(IN_CACHE).zip(mean.blocks(IN_CACHE)) {
+            rule.take(model, velocity.next().unwrap_or_default(), mean.means());
+            mean.clear();
         }
-        (Mode::Gradient, _) => descend(train.learning_rate, train.momentum, &mut state.velocity, model, mean),
-        (Mode::Central, _) => Err(StepError::NoStep),
     }
 }
 
-/// `w ← next(w, mean)`, which is at most `reach` away from `w`. Where that cannot leave the range of `f32`, no result is looked
-/// at before it is taken.
-fn apply(
-    model: &mut [[u8; 4]],
-    mean: impl Iterator<Item = f64> + Clone,
-    reach: f64,
-    next: impl Fn(f64, f64) -> f64,
-) -> Result<(), StepError> {
-    let stepped = |w: [u8; 4], mean: f64| to_f32(next(f64::from(f32::from_le_bytes(w)), mean));
-    let in_range = largest(model) + reach < f64::from(f32::MAX / 2.0);
-    if !in_range {
-        check_finite(model.iter().zip(mean.clone()).map(|(&w, mean)| stepped(w, mean)))?;
-    }
-    for (w, mean) in model.iter_mut().zip(mean) {
-        *w = stepped(*w, mean).to_le_bytes();
-    }
-    Ok(())
+/// What becomes of a parameter.
+#[derive(Clone, Copy, Debug)]
+enum Rule {
+    /// `w ← w + mean`.
+    Add,
+    /// `w ← w - rate · mean`.
+    Descend { rate: f64 },
+    /// `v ← momentum · v + mean`, `w ← w - rate · v`.
+    Momentum { rate: f64, momentum: f64 },
 }
 
-/// SGD with momentum: `v ← momentum · v + mean`, `w ← w - rate · v`.
-fn descend(
-    rate: f64,
-    momentum: f64,
-    velocity: &mut [f32],
-    model: &mut [[u8; 4]],
-    mean: impl Iterator<Item = f64> + Clone,
-) -> Result<(), StepError> {
-    check_length("server's state", velocity.len(), model.len())?;
-    let stepped = |w: [u8; 4], v: f32, mean: f64| {
-        let v = momentum * f64::from(v) + mean;
-        (to_f32(f64::from(f32::from_le_bytes(w)) - rate * v), to_f32(v))
-    };
-    let before = model.iter().zip(velocity.iter()).zip(mean.clone());
-    check_finite(before.flat_map(|((&w, &v), mean)| <[f32; 2]>::from(stepped(w, v, mean))))?;
-    for ((w, v), mean) in model.iter_mut().zip(velocity).zip(mean) {
-        let next;
-        (next, *v) = stepped(*w, *v, mean);
-        *w = next.to_le_bytes();
+impl Rule {
+    fn of(learning: &LearningPlan) -> Result<Self, StepError> {
+        let (rate, momentum) = (learning.train.learning_rate, learning.train.momentum);
+        match (learning.train.mode, learning.strategy) {
+            (Mode::Federated, Strategy::FedAvg) => Ok(Self::Add),
+            (Mode::Gradient, _) if momentum == 0.0 => Ok(Self::Descend { rate }),
+            (Mode::Gradient, _) => Ok(Self::Momentum { rate, momentum }),
+            (Mode::Central, _) => Err(StepError::NoStep),
+        }
     }
-    Ok(())
+
+    fn check_state(self, state: &ServerState, parameters: usize) -> Result<(), StepError> {
+        match self {
+            Self::Momentum { .. } => check_length("server's state", state.velocity.len(), parameters),
+            Self::Add | Self::Descend { .. } => Ok(()),
+        }
+    }
+
+    /// Whether all results are finite. Where the model is so far within the range of `f32` that none can leave it, they are not
+    /// made for that.
+    fn check(
+        self,
+        model: &[[u8; 4]],
+        velocity: &[f32],
+        mean: impl Iterator<Item = f64>,
+        mean_max: f64,
+    ) -> Result<(), StepError> {
+        let in_range = |reach: f64| largest(model) + reach < f64::from(f32::MAX / 2.0);
+        match self {
+            Self::Add if in_range(mean_max) => Ok(()),
+            Self::Descend { rate } if in_range(rate * mean_max) => Ok(()),
+            Self::Add => check_finite(model.iter().zip(mean).map(|(&w, mean)| add(w, mean))),
+            Self::Descend { rate } => check_finite(model.iter().zip(mean).map(|(&w, mean)| descend(w, rate, mean))),
+            Self::Momentum { rate, momentum } => {
+                let all = model.iter().zip(velocity).zip(mean);
+                check_finite(all.flat_map(|((&w, &v), mean)| <[f32; 2]>::from(roll(w, v, rate, momentum, mean))))
+            }
+        }
+    }
+
+    fn take(self, model: &mut [[u8; 4]], velocity: &mut [f32], mean: impl Iterator<Item = f64>) {
+        match self {
+            Self::Add => model.iter_mut().zip(mean).for_each(|(w, mean)| *w = add(*w, mean).to_le_bytes()),
+            Self::Descend { rate } => {
+                model.iter_mut().zip(mean).for_each(|(w, mean)| *w = descend(*w, rate, mean).to_le_bytes());
+            }
+            Self::Momentum { rate, momentum } => {
+                for ((w, v), mean) in model.iter_mut().zip(velocity).zip(mean) {
+                    let next;
+                    (next, *v) = roll(*w, *v, rate, momentum, mean);
+                    *w = next.to_le_bytes();
+                }
+            }
+        }
+    }
+}
+
+fn add(w: [u8; 4], mean: f64) -> f32 {
+    to_f32(f64::from(f32::from_le_bytes(w)) + mean)
+}
+
+fn descend(w: [u8; 4], rate: f64, mean: f64) -> f32 {
+    to_f32(f64::from(f32::from_le_bytes(w)) - rate * mean)
+}
+
+/// A weight and its velocity.
+fn roll(w: [u8; 4], v: f32, rate: f64, momentum: f64, mean: f64) -> (f32, f32) {
+    let v = momentum * f64::from(v) + mean;
+    (to_f32(f64::from(f32::from_le_bytes(w)) - rate * v), to_f32(v))
 }
 
 /// The largest magnitude; infinite or NaN if a number is.
@@ -232,6 +343,56 @@ mod tests {
         let learning = plan(Mode::Gradient, 0.1, 0.9);
         let model = stepped(&learning, &[1.0], &[&[2.0], &[2.0]]).unwrap();
         assert!((model[0] - 0.42).abs() < 1e-7, "{model:?}");
+    }
+
+    #[test]
+    fn a_step_in_parts_is_the_same_step_and_leaves_the_sum_empty() {
+        const COUNT: usize = 10_000;
+        let numbers: Vec<f32> = (0..COUNT).map(|at| at as f32 * 0.01 - 40.0).collect();
+        let update = layout::to_bytes(&numbers.iter().map(|x| x * 1e-3).collect::<Vec<_>>());
+        let mut verifier = Verifier::new(Ring::weighted(), update.len() as u64, crate::ids::Hash::of(&update));
+        verifier.update(&update).unwrap();
+        let verified = verifier.finish().unwrap();
+        for learning in
+            [plan(Mode::Federated, 0.0, 0.0), plan(Mode::Gradient, 0.1, 0.0), plan(Mode::Gradient, 0.1, 0.9)]
+        {
+            for count in [1, 2, 3, 100] {
+                let mut sum = Sum::new(Ring::weighted(), COUNT);
+                let empty = sum.clone();
+                let mut fold = sum.begin(TaskId(1), 3, &verified).unwrap();
+                fold.add(&update);
+                fold.finish().unwrap();
+                let (mut state, mut model) = (ServerState::new(&learning, COUNT), raw(&numbers));
+                let (mut expected_state, mut expected) = (state.clone(), model.clone());
+                step(&learning, &mut expected_state, &mut expected, sum.mean().unwrap(), sum.mean_max()).unwrap();
+
+                let (mean_max, means) = (sum.mean_max(), sum.drain(count).unwrap());
+                let parts = step_in_parts(&learning, &mut state, &mut model, means, mean_max).unwrap();
+                assert!(parts.len() <= count && (count == 1 || parts.len() > 1));
+                assert!(parts.iter().all(|part| part.check().is_ok()));
+                parts.into_iter().rev().for_each(StepPart::take);
+                sum.drained();
+                assert!(model == expected && state == expected_state && sum == empty, "{count} parts, {learning:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_part_that_cannot_be_taken_says_so_before_any_is() {
+        let learning = plan(Mode::Gradient, 1e38, 0.0);
+        let mut sum = Sum::new(Ring::weighted(), 3000);
+        let update = layout::to_bytes(&[vec![0.0; 2500], vec![10.0; 500]].concat());
+        let mut verifier = Verifier::new(Ring::weighted(), update.len() as u64, crate::ids::Hash::of(&update));
+        verifier.update(&update).unwrap();
+        let mut fold = sum.begin(TaskId(1), 1, &verifier.finish().unwrap()).unwrap();
+        fold.add(&update);
+        fold.finish().unwrap();
+        let (mut state, mut model) = (ServerState::new(&learning, 3000), raw(&[1.0; 3000]));
+        let (mean_max, means) = (sum.mean_max(), sum.drain(3).unwrap());
+        let parts = step_in_parts(&learning, &mut state, &mut model, means, mean_max).unwrap();
+        let checked: Vec<_> = parts.iter().map(StepPart::check).collect();
+        assert_eq!(checked, [Ok(()), Ok(()), Err(StepError::NotFinite)]);
+        assert!(sum.is_torn(), "nobody takes a mean of it until it is cleared");
     }
 
     #[test]

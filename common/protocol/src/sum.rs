@@ -525,14 +525,37 @@ impl Sum {
     /// # Errors
     /// If there are none, or the sum is torn.
     pub fn mean(&self) -> Result<impl ExactSizeIterator<Item = f64> + Clone + '_, SumError> {
+        let divisor = self.divisor()?;
+        Ok(means(&self.group.cells, divisor))
+    }
+
+    /// The mean, to be taken out in up to `count` parts of about the same length. Until [`Sum::drained`] the sum is torn.
+    ///
+    /// # Errors
+    /// As [`Sum::mean`].
+    pub fn drain(&mut self, count: usize) -> Result<impl ExactSizeIterator<Item = MeanPart<'_>>, SumError> {
+        let divisor = self.divisor()?;
+        self.torn = true;
+        let each = self.parameters().div_ceil(count.max(1)).next_multiple_of(CUT_CELLS).max(CUT_CELLS);
+        Ok(self.group.cells.chunks_mut(each).map(move |cells| MeanPart { cells, divisor }))
+    }
+
+    /// Says that all parts of [`Sum::drain`] were cleared: the sum is empty.
+    pub fn drained(&mut self) {
+        debug_assert!(self.group.cells.iter().all(|cell| *cell == 0), "each part was cleared");
+        self.tasks.clear();
+        self.torn = false;
+        self.group.weight = 0;
+    }
+
+    fn divisor(&self) -> Result<f64, SumError> {
         self.whole()?;
         if self.group.weight == 0 {
             return Err(SumError::Empty);
         }
         // Exact: at most 40 bits of weight times a power of two. A cell's cast and the division round once each,
         // which the second term of the bound allows.
-        let divisor = self.ring.unit() * self.group.weight as f64;
-        Ok(self.group.cells.iter().map(move |cell| cell.cast_signed() as f64 / divisor))
+        Ok(self.ring.unit() * self.group.weight as f64)
     }
 
     /// What no number of [`Sum::mean`] is larger than, whatever was added.
@@ -580,6 +603,47 @@ impl Sum {
     fn check_room(&self, more: usize) -> Result<(), Refusal> {
         let fits = (self.tasks.len() + more) as u64 <= u64::from(self.ring.updates_max);
         if fits { Ok(()) } else { Err(Refusal::TooMany) }
+    }
+}
+
+fn means(cells: &[u64], divisor: f64) -> impl ExactSizeIterator<Item = f64> + Clone + '_ {
+    cells.iter().map(move |cell| cell.cast_signed() as f64 / divisor)
+}
+
+/// Some cells of a [`Sum`], whose mean is taken out.
+pub struct MeanPart<'a> {
+    cells: &'a mut [u64],
+    divisor: f64,
+}
+
+/// Without the cells: they are parameters.
+impl core::fmt::Debug for MeanPart<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("MeanPart").field("cells", &self.cells.len()).finish_non_exhaustive()
+    }
+}
+
+impl MeanPart<'_> {
+    /// How many there are.
+    #[must_use]
+    pub fn parameters(&self) -> usize {
+        self.cells.len()
+    }
+
+    /// Their means.
+    pub fn means(&self) -> impl ExactSizeIterator<Item = f64> + Clone + '_ {
+        means(self.cells, self.divisor)
+    }
+
+    /// The same in blocks of up to `each` cells.
+    pub(crate) fn blocks(&mut self, each: usize) -> impl Iterator<Item = MeanPart<'_>> {
+        let divisor = self.divisor;
+        self.cells.chunks_mut(each).map(move |cells| MeanPart { cells, divisor })
+    }
+
+    /// Leaves zeros.
+    pub(crate) fn clear(&mut self) {
+        self.cells.fill(0);
     }
 }
 

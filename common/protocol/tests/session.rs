@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use tributary_protocol::ids::ContentId;
 use tributary_protocol::limits::{CONTROL_MESSAGE_BYTES_MAX, RECORD_BYTES_MAX};
 use tributary_protocol::messages::ContentKey;
-use tributary_protocol::session::broadcast::{BROADCAST_HEADER_BYTES, seal_content};
+use tributary_protocol::session::broadcast::{BROADCAST_HEADER_BYTES, ContentPart, cut_content, seal_content};
 use tributary_protocol::session::record::{RECORD_HEADER_BYTES, RECORD_TAG_BYTES};
 use tributary_protocol::session::*;
 
@@ -317,6 +317,21 @@ fn one_sealed_content_opens_for_everyone_who_has_its_key() {
             }
             assert_eq!(read, content);
             opener.finish().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_content_that_is_sealed_in_parts_has_the_same_records_in_whatever_order_the_parts_are_sealed() {
+    for bytes in [0, 1, RECORD_BYTES_MAX, RECORD_BYTES_MAX + 1, 7 * RECORD_BYTES_MAX, 7 * RECORD_BYTES_MAX + 5] {
+        let content: Vec<u8> = (0..bytes).map(|at| at.to_le_bytes()[0]).collect();
+        let expected = seal_content(CONTENT, &content_key(), &content).unwrap();
+        for count in [0, 1, 2, 3, 7, 100] {
+            let parts = cut_content(CONTENT, &content_key(), &content, count).unwrap();
+            assert!(parts.len() <= count.max(1) && (count < 2 || expected.len() < 2 || parts.len() > 1));
+            let mut sealed: Vec<_> = parts.into_iter().rev().map(ContentPart::seal).collect();
+            sealed.reverse();
+            assert_eq!(sealed.into_iter().flat_map(Result::unwrap).collect::<Vec<_>>(), expected, "{count} of {bytes}");
         }
     }
 }

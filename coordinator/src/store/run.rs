@@ -13,7 +13,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Cursor, Read};
+use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::thread;
 
 use protocol::federation::Event;
 use protocol::ids::{Hash, RunId, TaskId};
@@ -786,15 +788,22 @@ fn write_model(disk: &mut dyn Disk, name: &str, state: &ModelState) -> Result<()
     head.extend(MODEL_VERSION.to_le_bytes());
     head.extend((state.model.len() as u64).to_le_bytes());
     head.extend((state.server.len() as u64).to_le_bytes());
-    let mut hasher = blake3::Hasher::new();
     let pieces = [&head[..], &state.model, &state.server];
-    for piece in pieces {
-        hasher.update(piece);
-    }
-    let hash = hasher.finalize();
-    write_aside(disk, name, |file| {
-        pieces.iter().try_for_each(|piece| file.put(piece))?;
-        file.put(hash.as_bytes())
+    let hash = || {
+        let mut hasher = blake3::Hasher::new();
+        for piece in pieces {
+            hasher.update(piece);
+        }
+        hasher.finalize()
+    };
+    thread::scope(|scope| {
+        // Beside the writing, if there is a thread to be had.
+        let helper = thread::Builder::new().name("hash".to_owned()).spawn_scoped(scope, hash).ok();
+        write_aside(disk, name, |file| {
+            pieces.iter().try_for_each(|piece| file.put(piece))?;
+            let hashed = helper.map(|helper| helper.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            file.put(hashed.unwrap_or_else(hash).as_bytes())
+        })
     })?;
     Ok(())
 }

@@ -106,18 +106,55 @@ impl BroadcastOpener {
 /// Seals a whole content into records that are full but for the last, which is marked as such. An empty
 /// content is one empty record.
 pub fn seal_content(content_id: ContentId, key: &ContentKey, content: &[u8]) -> Result<Vec<Vec<u8>>, RecordError> {
-    let count = content.len().div_ceil(RECORD_BYTES_MAX).max(1);
-    if count as u64 > STREAM_RECORDS_MAX {
+    let parts = cut_content(content_id, key, content, 1)?;
+    parts.into_iter().try_fold(Vec::new(), |mut records, part| {
+        records.extend(part.seal()?);
+        Ok(records)
+    })
+}
+
+/// Cuts a content into up to `count` parts, which may be sealed at the same time: their records, one part after another,
+/// are those of [`seal_content`].
+pub fn cut_content<'a>(
+    content_id: ContentId,
+    key: &ContentKey,
+    content: &'a [u8],
+    count: usize,
+) -> Result<Vec<ContentPart<'a>>, RecordError> {
+    let records = content.len().div_ceil(RECORD_BYTES_MAX).max(1);
+    if records as u64 > STREAM_RECORDS_MAX {
         return Err(RecordError::Exhausted);
     }
-    let mut sealer = BroadcastSealer::new(content_id, key);
-    let mut records = Vec::with_capacity(count);
-    let mut chunks = content.chunks(RECORD_BYTES_MAX);
-    for place in 1..=count {
-        let flag = if place == count { Flag::Final } else { Flag::Plain };
-        let mut record = Vec::new();
-        sealer.seal(flag, chunks.next().unwrap_or_default(), &mut record)?;
-        records.push(record);
+    let each = records.div_ceil(count.max(1));
+    let parts = (0..records).step_by(each).map(|first| {
+        let (end, is_last) = ((first + each).min(records), first + each >= records);
+        let bytes = first * RECORD_BYTES_MAX..(end * RECORD_BYTES_MAX).min(content.len());
+        let chain = Chain::new(RecordKind::Broadcast, Some(content_id), AeadKey::new(&key.0)).starting_at(first as u64);
+        ContentPart { chain, content: &content[bytes], records: end - first, is_last }
+    });
+    Ok(parts.collect())
+}
+
+/// Some records of a content, not yet sealed. No two parts have a record, and so a nonce, in common.
+#[derive(Debug)]
+pub struct ContentPart<'a> {
+    chain: Chain,
+    content: &'a [u8],
+    records: usize,
+    is_last: bool,
+}
+
+impl ContentPart<'_> {
+    /// Its records.
+    pub fn seal(self) -> Result<Vec<Vec<u8>>, RecordError> {
+        let Self { mut chain, content, records, is_last } = self;
+        let mut chunks = content.chunks(RECORD_BYTES_MAX);
+        let sealed = (1..=records).map(|place| {
+            let flag = if is_last && place == records { Flag::Final } else { Flag::Plain };
+            let mut record = Vec::new();
+            chain.seal_copy(flag, chunks.next().unwrap_or_default(), &mut record)?;
+            Ok(record)
+        });
+        sealed.collect()
     }
-    Ok(records)
 }

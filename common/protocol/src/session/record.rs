@@ -293,6 +293,14 @@ impl Chain {
         Self { kind, content_id, state: State::Live { key, next: 0 } }
     }
 
+    /// The same, beginning at another record than the first.
+    pub(super) fn starting_at(mut self, first: u64) -> Self {
+        if let State::Live { next, .. } = &mut self.state {
+            *next = first;
+        }
+        self
+    }
+
     pub(super) fn seal(&mut self, flag: Flag, record: &mut [u8]) -> Result<(), RecordError> {
         let content_id = self.content_id.as_ref().map_or(&[][..], |id| id.as_bytes());
         let header_bytes = RECORD_HEADER_BYTES + content_id.len();
