@@ -19,6 +19,7 @@ mod server;
 mod socket;
 mod stream;
 mod tls;
+mod udp;
 
 pub use client::{Client, ClientOptions, ConnectError, ConnectFailure, Connected, Target, Trust};
 pub use close::{CloseCode, Ended};

@@ -11,10 +11,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 
-use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
-use quinn::{AsyncUdpSocket, Runtime as _, TokioRuntime, UdpPoller};
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{AsyncUdpSocket, UdpPoller};
 
 use crate::limits::{BATCH_BYTES_MAX, BATCHES_BYTES_MAX, DATAGRAM_BYTES_MAX, SOCKET_BUFFER_BYTES};
+use crate::udp::{Room, Udp};
 
 /// Which way bytes went, as seen from the endpoint whose tap it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -139,7 +140,7 @@ impl Drop for Seat {
 /// Passes everything through to `inner`, counting.
 #[derive(Debug)]
 pub(crate) struct MeteredSocket {
-    inner: Arc<dyn AsyncUdpSocket>,
+    inner: Arc<Udp>,
     crowd: Crowd,
     traffic: Traffic,
     tap: Option<Tap>,
@@ -148,11 +149,7 @@ pub(crate) struct MeteredSocket {
 impl MeteredSocket {
     /// Takes a bound socket over. Must be called within a tokio runtime.
     pub(crate) fn new(socket: UdpSocket, crowd: Crowd, traffic: Traffic, tap: Option<Tap>) -> io::Result<Self> {
-        let state = UdpSocketState::new((&socket).into())?;
-        // The operating system may grant less, or nothing beyond its default: that costs speed only.
-        let _ = state.set_recv_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
-        let _ = state.set_send_buffer_size((&socket).into(), SOCKET_BUFFER_BYTES);
-        let inner = TokioRuntime.wrap_udp_socket(socket)?;
+        let inner = Arc::new(Udp::new(socket, SOCKET_BUFFER_BYTES)?);
         Ok(Self { inner, crowd, traffic, tap })
     }
 
@@ -168,7 +165,7 @@ impl MeteredSocket {
 
 impl AsyncUdpSocket for MeteredSocket {
     fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        Arc::clone(&self.inner).create_io_poller()
+        Box::pin(Room::new(Arc::clone(&self.inner)))
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
@@ -193,22 +190,22 @@ impl AsyncUdpSocket for MeteredSocket {
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.inner.local_addr()
+        self.inner.local_address()
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.inner.max_transmit_segments().min(self.crowd.batch())
+        self.inner.state().max_gso_segments().min(self.crowd.batch())
     }
 
     /// quinn takes so many of the longest datagrams for the most that the kernel hands over at once, and makes room for
     /// thirty-two times that. However many there are in a batch, together they are no longer than one.
     fn max_receive_segments(&self) -> usize {
         let longest = BATCH_BYTES_MAX.div_ceil(usize::from(DATAGRAM_BYTES_MAX));
-        self.inner.max_receive_segments().min(longest)
+        self.inner.state().gro_segments().min(longest)
     }
 
     fn may_fragment(&self) -> bool {
-        self.inner.may_fragment()
+        self.inner.state().may_fragment()
     }
 }
 
