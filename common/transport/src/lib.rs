@@ -13,6 +13,7 @@ mod client;
 mod close;
 mod connection;
 mod frame;
+mod leisure;
 pub mod limits;
 mod path;
 mod server;
@@ -25,6 +26,7 @@ pub use client::{Client, ClientOptions, ConnectError, ConnectFailure, Connected,
 pub use close::{CloseCode, Ended};
 pub use connection::{Connection, LinkStats};
 pub use frame::{Frame, FrameError, FrameKind};
+pub use leisure::Leisure;
 pub use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 pub use server::{Accepted, Handshake, HandshakeError, ResetKeys, Server, ServerCounts, ServerOptions};
 pub use socket::{Direction, Tap, Taps, Traffic, TrafficTotals};

@@ -27,6 +27,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use crate::close::{CloseCode, Ended};
 use crate::connection::Connection;
+use crate::leisure::Leisure;
 use crate::limits;
 use crate::path::Path;
 use crate::socket::{Crowd, MeteredSocket, Seat, Tap, Taps, Traffic, TrafficTotals};
@@ -49,6 +50,8 @@ pub struct ServerOptions {
     pub connections_max: usize,
     /// Handshakes at once.
     pub handshakes_max: usize,
+    /// Told what passes: a runtime that asks it lets keep-alives come together.
+    pub leisure: Leisure,
     /// For tests.
     pub taps: Taps,
 }
@@ -64,6 +67,7 @@ impl ServerOptions {
             strict_pq: false,
             connections_max: limits::CONNECTIONS_MAX,
             handshakes_max: limits::HANDSHAKES_MAX,
+            leisure: Leisure::default(),
             taps: Taps::default(),
         }
     }
@@ -119,7 +123,7 @@ impl Server {
         let address = options.listen;
         let bind = |source| SetupError::Bind { address, source };
         let socket = UdpSocket::bind(address).map_err(bind)?;
-        let (crowd, traffic) = (Crowd::default(), Traffic::default());
+        let (crowd, traffic) = (Crowd::default(), options.leisure.traffic);
         let socket =
             MeteredSocket::new(socket, crowd.clone(), traffic.clone(), options.taps.datagrams).map_err(bind)?;
         let endpoint = quinn::Endpoint::new_with_abstract_socket(

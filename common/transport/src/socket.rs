@@ -83,7 +83,7 @@ impl Traffic {
         }
     }
 
-    fn count(&self, direction: Direction, bytes: usize, datagrams: usize) {
+    pub(crate) fn count(&self, direction: Direction, bytes: usize, datagrams: usize) {
         let (byte_counter, datagram_counter) = match direction {
             Direction::Sent => (&self.0.sent_bytes, &self.0.sent_datagrams),
             Direction::Received => (&self.0.received_bytes, &self.0.received_datagrams),
