@@ -143,7 +143,7 @@ impl Intake {
             let (header, body) = record.split_first_chunk_mut().ok_or(IntakeError::AfterLast)?;
             let opened = self.opener.open_in_place(header, body)?;
             self.check.update(opened.plaintext)?;
-            self.spool.push(opened.plaintext)?;
+            self.spool.push(opened.plaintext, &self.declared)?;
             self.finished = opened.flag == Flag::Final;
         }
         if self.finished {
@@ -381,7 +381,7 @@ fn read_sealed(mut file: &File, id: ContentId, key: &ContentKey, see: &mut impl 
 #[derive(Debug)]
 struct Spool {
     place: SpoolPlace,
-    /// What is not on disk yet: a batch of records at most, or all of what stays in memory.
+    /// What is not on disk yet: what found no room there, a sealed batch of records at most, or all of what stays in memory.
     buffer: Vec<u8>,
     /// What is.
     written: u64,
@@ -431,8 +431,18 @@ impl Spool {
         Ok(Self { written: part.from, place: SpoolPlace::Named(Some(part)), buffer: Vec::new() })
     }
 
-    fn push(&mut self, plaintext: &[u8]) -> Result<(), IntakeError> {
+    /// Takes in the next bytes. A large payload's go to its file as they are; what cannot be written waits for
+    /// [`Self::flush`], which says why.
+    fn push(&mut self, plaintext: &[u8], declared: &Declared) -> Result<(), IntakeError> {
         match &mut self.place {
+            SpoolPlace::Named(part) if self.buffer.is_empty() => {
+                let written =
+                    made(part, || new_part(declared)).and_then(|part| part.file.write_all_at(plaintext, self.written));
+                match written {
+                    Ok(()) => self.written += plaintext.len() as u64,
+                    Err(_) => self.buffer.extend_from_slice(plaintext),
+                }
+            }
             SpoolPlace::Memory | SpoolPlace::Named(_) => self.buffer.extend_from_slice(plaintext),
             SpoolPlace::Sealed { sealer, .. } => sealer.seal(Flag::Plain, plaintext, &mut self.buffer)?,
         }
@@ -447,11 +457,12 @@ impl Spool {
         Ok(())
     }
 
-    /// Writes what waits. Where that fails for want of room, it waits on, and the same can be done again.
+    /// Writes what waits, if anything does. Where that fails for want of room, it waits on, and the same can be done again.
     fn flush(&mut self, declared: &Declared) -> Result<(), IntakeError> {
         let spools = &declared.spools;
         let (path, written) = match &mut self.place {
             SpoolPlace::Memory => return Ok(()),
+            SpoolPlace::Named(Some(_)) if self.buffer.is_empty() => return Ok(()),
             SpoolPlace::Named(part) => {
                 let path = spools.run.join(part.as_ref().map_or_else(|| parts_of(declared), |part| part.name.clone()));
                 (
