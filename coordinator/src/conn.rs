@@ -731,6 +731,9 @@ impl Peer {
 
     async fn stream(&self, content: &Content) -> Result<(), DownloadError> {
         let (number, mut sealer) = self.session.lock().unwrap_or_else(PoisonError::into_inner).open_stream()?;
+        if content.reference.bytes > transport::limits::SEND_WINDOW_BYTES_MIN {
+            self.connection.send_within(self.door.server.send_window_bytes());
+        }
         let mut stream = self.connection.open_uni().await?;
         stream.write_frame(&Frame::StreamOpen(number)).await?;
         let mut first = Vec::new();

@@ -47,6 +47,11 @@ impl Connection {
         Ok(RecvStream::new(self.inner.accept_uni().await?, self.tap.clone()))
     }
 
+    /// From now on so many bytes may be sent and not acknowledged, on all streams together.
+    pub fn send_within(&self, window_bytes: u64) {
+        self.inner.set_send_window(window_bytes);
+    }
+
     /// Closes the connection at once; what was not yet delivered is lost. A reason longer than
     /// [`REASON_BYTES_MAX`] is cut.
     pub fn close(&self, code: CloseCode, reason: &str) {

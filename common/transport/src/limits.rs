@@ -39,8 +39,9 @@ pub const BIDI_STREAMS_MAX: u32 = 1;
 /// has ended, a packet tells it that it may open others, and with few of them every small round is two such packets more.
 pub const UNI_STREAMS_MAX: u32 = 32;
 
-/// Received bytes that a stream may have unread: 100 ms of a 100 Mbit/s line, rounded down.
-pub const STREAM_RECEIVE_WINDOW_BYTES: u32 = 1 << 20;
+/// Received bytes that a stream may have unread: 60 ms of a 100 Mbit/s line. quinn keeps the longest list of unread pieces that a
+/// stream ever had; of the longest datagrams this is 121 of them, which is below a power of two.
+pub const STREAM_RECEIVE_WINDOW_BYTES: u32 = 768 << 10;
 
 /// Received bytes that a connection may have unread, over all its streams. A hostile peer can make us
 /// hold this much.
@@ -49,6 +50,13 @@ pub const RECEIVE_WINDOW_BYTES: u32 = 2 << 20;
 /// Sent bytes that a connection may have unacknowledged. Broadcast records are shared between
 /// connections, so this is not memory for each of them.
 pub const SEND_WINDOW_BYTES: u64 = 2 << 20;
+
+/// The same for all of a server's connections together, until each has [`SEND_WINDOW_BYTES_MIN`]: what is kept of each packet
+/// under way adds up. Over 50 ms it is more than 1 GB/s.
+pub const SEND_WINDOWS_BYTES: u64 = 64 << 20;
+
+/// No connection's share of them is less: over 50 ms it is 5 MB/s.
+pub const SEND_WINDOW_BYTES_MIN: u64 = 256 << 10;
 
 /// The longest UDP payload that we take, and that is tried on a path: quinn hands ten datagrams at most to the kernel at
 /// once, and ten of these are the longest payload that a packet of the kernel may have. So a batch on loopback or on a
@@ -69,8 +77,8 @@ pub const BATCH_BYTES_MAX: usize = 65_507;
 /// Datagrams in a batch that quinn hands to the kernel.
 const BATCH_DATAGRAMS: usize = 10;
 
-/// Bytes that the batches of all of a server's connections may take that have long datagrams: as much as 64 of the longest.
-pub const BATCHES_BYTES_MAX: usize = 64 * BATCH_DATAGRAMS * DATAGRAM_BYTES_MAX as usize;
+/// Bytes that the batches of all of a server's connections may take that have long datagrams: as much as 48 of the longest.
+pub const BATCHES_BYTES_MAX: usize = 48 * BATCH_DATAGRAMS * DATAGRAM_BYTES_MAX as usize;
 
 /// Sent on a new connection before anything is acknowledged: five of the longest datagrams, or twenty-three ordinary
 /// ones, where Google's QUIC sends thirty-two. With the 12,000 bytes of RFC 9002 one probe of a search under way holds up
@@ -155,6 +163,7 @@ pub const UNACKNOWLEDGED_MAX: u32 = 3;
 
 const _: () = assert!(UNACKNOWLEDGED_MAX as u64 * (DATAGRAM_BYTES_MAX as u64) < INITIAL_WINDOW_BYTES);
 const _: () = assert!(BATCH_DATAGRAMS * DATAGRAM_BYTES_MAX as usize <= BATCH_BYTES_MAX);
+const _: () = assert!(SEND_WINDOW_BYTES_MIN < SEND_WINDOW_BYTES && SEND_WINDOW_BYTES < SEND_WINDOWS_BYTES);
 const _: () = assert!(REST.as_millis() < LEISURE_AFTER.as_millis());
 const _: () = assert!(KEEP_ALIVE.as_secs() < IDLE_TIMEOUT.as_secs());
 const _: () = assert!(HANDSHAKE_TIMEOUT.as_secs() < IDLE_TIMEOUT.as_secs());

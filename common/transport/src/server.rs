@@ -199,6 +199,11 @@ impl Server {
         }
     }
 
+    /// What one connection may have unacknowledged now, for [`Connection::send_within`]: less where there are many.
+    pub fn send_window_bytes(&self) -> u64 {
+        share_of_windows(self.endpoint.open_connections() as u64)
+    }
+
     /// Lets a handshake begin if the bounds allow it.
     fn admit(&self, incoming: Incoming) -> Option<Handshake> {
         let share = self.handshakes_max / limits::HANDSHAKES_UNVALIDATED_SHARE;
@@ -396,6 +401,11 @@ pub(crate) fn transport_config(bidi_streams_max: u32, path: Path) -> TransportCo
     config
 }
 
+fn share_of_windows(connections: u64) -> u64 {
+    let share = limits::SEND_WINDOWS_BYTES / connections.max(1);
+    share.clamp(limits::SEND_WINDOW_BYTES_MIN, limits::SEND_WINDOW_BYTES)
+}
+
 /// Half of what has to be acknowledged in a small round goes back with the next message.
 fn acknowledgements() -> AckFrequencyConfig {
     let mut config = AckFrequencyConfig::default();
@@ -454,5 +464,16 @@ impl HmacKey for ResetTokenKey {
 
     fn verify(&self, data: &[u8], signature: &[u8]) -> Result<(), CryptoError> {
         self.absorb(data).verify_slice(signature).map_err(|_| CryptoError)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::share_of_windows;
+
+    #[test]
+    fn the_send_windows_of_a_crowd_add_up_to_those_of_a_few_until_they_would_be_too_small() {
+        let shares = [0, 1, 32, 64, 200, 256, 20_000].map(|connections| share_of_windows(connections) >> 10);
+        assert_eq!(shares, [2048, 2048, 2048, 1024, 327, 256, 256]);
     }
 }

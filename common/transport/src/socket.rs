@@ -217,13 +217,13 @@ mod tests {
     fn the_batches_of_a_crowd_take_no_more_memory_than_a_few() {
         let crowd = Crowd::default();
         assert!(crowd.batch() >= 10, "one alone has as long ones as quinn makes");
-        let mut seats: Vec<Seat> = (0..64).map(|_| crowd.seat()).collect();
+        let mut seats: Vec<Seat> = (0..48).map(|_| crowd.seat()).collect();
         assert_eq!(crowd.batch(), 10);
-        seats.extend((64..200).map(|_| crowd.seat()));
-        assert_eq!(crowd.batch(), 3);
+        seats.extend((48..200).map(|_| crowd.seat()));
+        assert_eq!(crowd.batch(), 2);
         seats.extend((200..20_000).map(|_| crowd.seat()));
         assert_eq!(crowd.batch(), 1);
-        seats.truncate(64);
+        seats.truncate(48);
         assert_eq!(crowd.batch(), 10);
     }
 }
