@@ -14,7 +14,8 @@
 
 use super::aead::AeadKey;
 use super::record::{
-    Chain, Flag, Opened, RECORD_HEADER_BYTES, RecordError, RecordHeader, RecordKind, STREAM_RECORDS_MAX,
+    Chain, Flag, Opened, RECORD_HEADER_BYTES, RECORD_TAG_BYTES, RecordError, RecordHeader, RecordKind,
+    STREAM_RECORDS_MAX,
 };
 use crate::ids::ContentId;
 use crate::limits::RECORD_BYTES_MAX;
@@ -129,8 +130,9 @@ pub fn cut_content<'a>(
     let parts = (0..records).step_by(each).map(|first| {
         let (end, is_last) = ((first + each).min(records), first + each >= records);
         let bytes = first * RECORD_BYTES_MAX..(end * RECORD_BYTES_MAX).min(content.len());
+        let content = &content[bytes];
         let chain = Chain::new(RecordKind::Broadcast, Some(content_id), AeadKey::new(&key.0)).starting_at(first as u64);
-        ContentPart { chain, content: &content[bytes], records: end - first, is_last }
+        ContentPart { chain, content, records: room_for(content), is_last }
     });
     Ok(parts.collect())
 }
@@ -140,21 +142,28 @@ pub fn cut_content<'a>(
 pub struct ContentPart<'a> {
     chain: Chain,
     content: &'a [u8],
-    records: usize,
+    /// Empty, with the room that each takes: whoever cuts a content has its memory, not whoever seals a part of it.
+    records: Vec<Vec<u8>>,
     is_last: bool,
+}
+
+fn room_for(content: &[u8]) -> Vec<Vec<u8>> {
+    let room = |bytes: usize| Vec::with_capacity(BROADCAST_HEADER_BYTES + bytes + RECORD_TAG_BYTES);
+    match content.chunks(RECORD_BYTES_MAX) {
+        chunks if chunks.len() > 0 => chunks.map(|chunk| room(chunk.len())).collect(),
+        _ => vec![room(0)],
+    }
 }
 
 impl ContentPart<'_> {
     /// Its records.
     pub fn seal(self) -> Result<Vec<Vec<u8>>, RecordError> {
-        let Self { mut chain, content, records, is_last } = self;
-        let mut chunks = content.chunks(RECORD_BYTES_MAX);
-        let sealed = (1..=records).map(|place| {
-            let flag = if is_last && place == records { Flag::Final } else { Flag::Plain };
-            let mut record = Vec::new();
-            chain.seal_copy(flag, chunks.next().unwrap_or_default(), &mut record)?;
-            Ok(record)
-        });
-        sealed.collect()
+        let Self { mut chain, content, mut records, is_last } = self;
+        let (mut chunks, count) = (content.chunks(RECORD_BYTES_MAX), records.len());
+        for (place, record) in (1..).zip(&mut records) {
+            let flag = if is_last && place == count { Flag::Final } else { Flag::Plain };
+            chain.seal_copy(flag, chunks.next().unwrap_or_default(), record)?;
+        }
+        Ok(records)
     }
 }
