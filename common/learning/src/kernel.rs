@@ -229,6 +229,7 @@ pub(crate) fn multiply(
                 lines: block.lines(at),
                 next,
                 ahead: next.len().div_ceil(tiles),
+                new: at == 0 && height >= MANY_ROWS,
                 first: nth == 0,
                 then: if nth + 1 == blocks.len() { then } else { Then::Store },
                 to: &mut to.lines_mut(panel + at)[..height],
@@ -441,6 +442,8 @@ struct Product<'a> {
     /// Lines that are wanted after these, and how many of them are asked for with each panel.
     next: &'a [Line],
     ahead: usize,
+    /// Whether the numbers were not asked for yet.
+    new: bool,
     /// Whether nothing was summed up before.
     first: bool,
     then: Then,
@@ -460,6 +463,11 @@ impl Tile for Product<'_> {
         }
         let mut lines = self.lines;
         for (numbers, columns) in self.numbers {
+            if self.new
+                && let Some(soon) = numbers[at + ROWS..].first_chunk::<ROWS>()
+            {
+                prefetch(soon);
+            }
             let numbers: &[Line; ROWS] = numbers[at..].first_chunk().expect(TILES_FIT);
             let (own, behind) = lines.split_at(*columns);
             lines = behind;

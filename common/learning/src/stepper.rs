@@ -10,6 +10,7 @@
 //! meet after each layer on the way there and back, and at the end. No sum is split, so their number changes no bit.
 
 use std::ops::{Deref, Range};
+use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
@@ -106,8 +107,8 @@ impl Stepper {
         let hidden = layers.iter().skip(1).map(|layer| layer.inputs);
         let widest = hidden.max().or(layers.first().map(|layer| layer.inputs)).unwrap_or(0);
         let threads = if rows * all < SHARED_WORK_MIN { 1 } else { threads.clamp(1, widest.div_ceil(PANEL).max(1)) };
-        let shares = (0..threads).map(|nth| Share::new(layers, weights, rows, gather, nth, threads));
-        Self { layers: layers.to_vec(), classes, shares: shares.collect() }
+        let shares = together(0..threads, |nth| Share::new(layers, weights, rows, gather, nth, threads));
+        Self { layers: layers.to_vec(), classes, shares }
     }
 
     /// Lets `work` take steps with `rows`, with as many threads as there are shares.
@@ -453,6 +454,18 @@ impl Outputs {
     fn new(rows: usize, columns: usize) -> Self {
         Self { values: Panels::of_batch(rows, columns), deltas: Turned::new(rows, columns), losses: Vec::new() }
     }
+}
+
+/// Does something with each of `all`, the first in this thread and each other in one of its own.
+fn together<T: Send, R: Send>(all: impl IntoIterator<Item = T>, with: impl Fn(T) -> R + Sync) -> Vec<R> {
+    let (mut all, with) = (all.into_iter(), &with);
+    let first = all.next();
+    thread::scope(|scope| {
+        let others: Vec<_> = all.map(|one| scope.spawn(move || with(one))).collect();
+        let first = first.map(with);
+        let others = others.into_iter().map(|other| other.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        first.into_iter().chain(others).collect()
+    })
 }
 
 fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
