@@ -25,7 +25,7 @@ use crate::suite::Bench;
 const LINE: u8 = 6;
 const KEY: TaskKey<'_> = TaskKey { round: 1, name: "bench" };
 /// About how long one sample of one side takes.
-const SAMPLE_S: f64 = 0.1;
+const SAMPLE_S: f64 = 0.25;
 /// Batches of an epoch.
 const BATCHES: usize = 4;
 
