@@ -233,9 +233,12 @@ impl Began {
     async fn run(mut self, options: Options, plan: Plan, shutdown: impl Future<Output = ()>) -> Result<Outcome, Error> {
         // What the store has loaded ends here: held on to, it would keep a model in memory that nobody needs.
         let OpenedRun { path, loaded, .. } = self.opened;
-        let Loaded { store, schema, state, whole, .. } = loaded;
+        let Loaded { store, schema, state, whole, lost, .. } = loaded;
         let mut machine = self.machine;
         machine.handle(Time(0), Input::Start { start: self.start, whole });
+        for (task, hash) in lost {
+            machine.handle(Time(0), Input::Lost { task, hash });
+        }
         self.telemetry.metrics.state_bytes.set(lossy(store.bytes_on_disk()));
         let durable = plan.rounds.durability == Durability::Update;
         let (workshop, done) = Workshop::new(plan, store, self.model_dir, schema, state, self.telemetry.clone())?;

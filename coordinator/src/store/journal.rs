@@ -12,7 +12,8 @@
 //! Integers are little-endian. An attachment is in the chain by its hash alone: one that is damaged leaves the journal
 //! whole, and an old part can be stripped of them. `durable` is how far the part had been synced when a record was
 //! appended, and tells damage from a torn tail: if any whole record after a broken one claims that the broken one was
-//! durable, then what was synced is damaged, and the journal is refused. Otherwise the tail is cut. A part gets its name
+//! durable, then what was synced is damaged, and the journal is refused. Otherwise the tail is cut. Behind the last
+//! `durable` an attachment may be torn beside a record that is whole: whoever opens the journal looks. A part gets its name
 //! only when its head is durable, and the part before it is durable by then; so only the last one has a tail.
 //!
 //! Where little is synced at a time, most of what a sync takes is that the file has become longer. So room is made behind the last
@@ -129,6 +130,8 @@ pub struct End {
     pub part: u64,
     /// The length of what is whole of it.
     pub length: u64,
+    /// How much of that was durable, as far as its records know. An attachment behind it may be torn.
+    pub durable: u64,
     /// What stands after it, torn by a crash.
     pub torn: Option<StoreError>,
     /// The lowest part from which nothing was stripped.
@@ -459,10 +462,12 @@ pub fn read(
             let reason = format!("it does not end where part {part} begins");
             return Err(StoreError::Damaged { file, offset: 0, reason });
         }
+        let mut durable = 0;
         let torn = loop {
             match reader.next() {
                 Ok(None) => break None,
                 Ok(Some(record)) => {
+                    durable = record.durable;
                     if record.attached.is_some_and(|attached| !attached.stripped) {
                         unstripped.get_or_insert(part);
                     }
@@ -479,6 +484,7 @@ pub fn read(
             plan: reader.plan,
             part,
             length: reader.offset,
+            durable,
             torn,
             unstripped: unstripped.unwrap_or(part),
             records,

@@ -79,6 +79,8 @@ pub struct Loaded {
     pub state: Option<ModelState>,
     /// The round whose model `state` is, if a newer one is damaged; 0 for the first model.
     pub whole: Option<u32>,
+    /// Held payloads that a power cut tore beside records that it left whole: they are to be asked for again.
+    pub lost: Vec<(TaskId, Hash)>,
     /// What was found damaged or torn on the way.
     pub warnings: Vec<StoreError>,
 }
@@ -173,6 +175,7 @@ impl RunStore {
         })?;
         journal.make_room_of(limits.room_bytes);
         let unstripped = end.as_ref().map_or(1, |end| end.unstripped);
+        let durable = end.as_ref().map_or(0, |end| end.durable);
         let mut warnings: Vec<StoreError> = end.and_then(|end: End| end.torn).into_iter().collect();
         let mut store = Self {
             disk,
@@ -191,7 +194,23 @@ impl RunStore {
         let schema = store.schema()?;
         store.tidy()?;
         store.find_kept()?;
-        Ok(Loaded { store, events, schema, state, whole, warnings })
+        let lost = store.torn_payloads(durable)?;
+        Ok(Loaded { store, events, schema, state, whole, lost, warnings })
+    }
+
+    /// Held payloads beside records of the last part, not all of which is before `durable`, that are not what they were.
+    fn torn_payloads(&self, durable: u64) -> Result<Vec<(TaskId, Hash)>, StoreError> {
+        let part = self.journal.part();
+        let may_be_torn = |place: &Attached| place.part == part && place.offset + u64::from(place.bytes) > durable;
+        let mut torn = Vec::new();
+        for task in &self.index.held {
+            let Some(place) = self.index.payloads.get(task).filter(|place| may_be_torn(place)) else { continue };
+            let content = self.journal.attachment(self.disk.as_ref(), place)?;
+            if content.is_none_or(|content| Hash::of(&content) != place.hash) {
+                torn.push((*task, place.hash));
+            }
+        }
+        Ok(torn)
     }
 
     /// Takes in a fact with what goes beside it. It is written at the next flush, and durable after the next sync; a
@@ -1045,6 +1064,35 @@ mod tests {
         store.sync().unwrap();
         assert!(store.payload(task(1), hash).unwrap().is_none());
         assert!(store.parts().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_payload_that_is_torn_beside_its_whole_record_is_told_as_lost() {
+        let mut disk = TestDisk::default();
+        let mut script = Script::new(&disk).unwrap();
+        script.begin(100).unwrap();
+        let payload = payload(1, 500);
+        let lost = (task(1), Hash::of(&payload));
+        script.append(assigned(task(1), 1), Attachment::None).unwrap();
+        script.append(held(task(1), &payload), Attachment::Payload(&payload)).unwrap();
+        script.store.flush().unwrap();
+        disk.crash(2);
+        let journal = names(&disk, JOURNAL).pop().unwrap();
+        let at = disk.content(&journal).windows(500).position(|bytes| bytes == payload).unwrap();
+        assert!(open(&disk.copy()).unwrap().lost.is_empty(), "what is whole is not");
+        let mut later = disk.copy();
+        disk.flip(&journal, at + 250, 1);
+        let loaded = open(&disk).unwrap();
+        assert_eq!((&loaded.events, loaded.lost), (&script.appended, vec![lost]));
+
+        let mut store = open(&later).unwrap().store;
+        store.append(&started(2), Attachment::None).unwrap();
+        store.sync().unwrap();
+        later.flip(&journal, at + 250, 1);
+        assert!(
+            open(&later).unwrap().lost.is_empty(),
+            "what a later record knows to be durable is looked at when it is folded"
+        );
     }
 
     #[test]

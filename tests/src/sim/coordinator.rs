@@ -140,7 +140,7 @@ impl World {
         }
         let (start, facts) = (self.starts, loaded.events.len());
         self.note(|_| format!("the coordinator starts, number {start}, with {facts} facts"));
-        let Loaded { store, schema, state, .. } = loaded;
+        let Loaded { store, schema, state, lost, .. } = loaded;
         let nowhere = PathBuf::new();
         let made = Workshop::new(self.scenario.plan.clone(), store, nowhere, schema, state, telemetry());
         let (workshop, results) =
@@ -170,6 +170,9 @@ impl World {
         let done = self.results();
         self.take_in(done);
         self.tell_core(self.life, Input::Start { start, whole });
+        for (task, hash) in lost {
+            self.tell_core(self.life, Input::Lost { task, hash });
+        }
         let Some(coordinator) = &self.coordinator else { return };
         let (named, present) = (coordinator.core.machine().summary().model, coordinator.workshop.model());
         if named != present {
