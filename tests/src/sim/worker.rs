@@ -12,7 +12,7 @@ use protocol::layout::to_bytes;
 use protocol::limits::PAYLOAD_AT_ONCE_BYTES_MAX;
 use protocol::member::{self, Act, Ending, Input, Kept, Made, Member, WorkKey};
 use protocol::messages::{
-    Assigned, Encoding, Failure, FromWorker, Manifest, Metrics, Receipt, TaskKind, ToWorker, Upload,
+    Assigned, ContentRef, Encoding, Failure, FromWorker, Manifest, Metrics, Receipt, TaskKind, ToWorker, Upload,
 };
 use protocol::sum::weight;
 
@@ -45,6 +45,10 @@ pub(super) struct Worker {
     waiting: Option<Box<Assigned>>,
     going: Option<TaskId>,
     contents: Vec<(ContentId, Hash, Arc<[u8]>)>,
+    /// What its connection brought and it no longer has: only another one brings that again.
+    gone: Vec<ContentId>,
+    /// What it will have made when the time for it is over, and the task.
+    making: Option<(TaskId, Arc<[u8]>)>,
     payloads: BTreeMap<Hash, Arc<[u8]>>,
     /// What is on its disk.
     kept: Option<Kept>,
@@ -60,6 +64,10 @@ pub(super) struct Worker {
 impl Worker {
     pub(super) fn is_alive(&self) -> bool {
         self.member.is_some() && self.ending.is_none()
+    }
+
+    pub(super) fn name(&self) -> &WorkerName {
+        &self.name
     }
 
     /// It ends, and does not come back.
@@ -92,6 +100,8 @@ impl World {
             waiting: None,
             going: None,
             contents: Vec::new(),
+            gone: Vec::new(),
+            making: None,
             payloads: BTreeMap::new(),
             kept: None,
             steps: 0,
@@ -123,7 +133,7 @@ impl World {
         }
         let kept = w.kept.as_ref().map(|kept| kept.made.hash);
         w.payloads.retain(|hash, _| Some(*hash) == kept);
-        (w.waiting, w.going) = (None, None);
+        (w.waiting, w.going, w.making) = (None, None, None);
         w.contents.clear();
         self.note(|_| format!("worker {worker} is dead, and keeps {kept:?}"));
         self.after(down, Happening::Revive(worker));
@@ -180,8 +190,11 @@ impl World {
         if w.life != life || !w.is_alive() {
             return;
         }
-        if let Input::Said(ToWorker::Assigned(assigned)) = &input {
-            w.keep_contents(assigned);
+        match &input {
+            Input::Connected => w.gone.clear(),
+            Input::Said(ToWorker::Assigned(assigned)) => w.keep_contents(assigned),
+            Input::Made { task, .. } => w.put_away(*task),
+            _ => {}
         }
         if input != Input::Tick {
             self.note(|_| format!("worker {worker} < {}", in_short(&input)));
@@ -251,7 +264,12 @@ impl World {
                 );
             }
             Act::Work(assigned) => {
-                self.workers[worker].waiting = Some(assigned);
+                let w = &mut self.workers[worker];
+                let is_gone = needs(&assigned).any(|content| w.gone.contains(&content.id) && !w.has(content.hash));
+                w.waiting = Some(assigned);
+                if is_gone {
+                    return self.cut(worker, true);
+                }
                 self.begin_if_whole(worker);
             }
             Act::Cancel => (self.workers[worker].waiting, self.workers[worker].going) = (None, None),
@@ -317,6 +335,7 @@ impl World {
         let plaintext = open(content);
         let reference = &content.reference;
         let w = &mut self.workers[worker];
+        w.contents.retain(|(_, hash, _)| *hash != reference.hash);
         w.contents.push((reference.id, reference.hash, plaintext));
         let is_schema = content.kind == Kind::Schema;
         self.note(|_| {
@@ -327,11 +346,7 @@ impl World {
 
     fn begin_if_whole(&mut self, worker: usize) {
         let w = &mut self.workers[worker];
-        let is_whole = w.waiting.as_ref().is_some_and(|assigned| {
-            let needs = [&assigned.schema, &assigned.model];
-            needs.into_iter().flatten().all(|content| w.content(content.hash).is_some())
-        });
-        if !is_whole {
+        if !w.waiting.as_ref().is_some_and(|assigned| needs(assigned).all(|content| w.has(content.hash))) {
             return;
         }
         let Some(assigned) = w.waiting.take() else { return };
@@ -342,7 +357,7 @@ impl World {
         self.after(takes, Happening::Member(worker, life, Box::new(input)));
     }
 
-    /// What comes of a task. The bytes are there as soon as the machine hears of them.
+    /// What comes of a task. The bytes are put away when the machine hears of them.
     fn result(&mut self, worker: usize, assigned: &Assigned) -> Input {
         let task = assigned.task;
         let folds = matches!(assigned.kind, TaskKind::Update | TaskKind::Gradient);
@@ -354,7 +369,7 @@ impl World {
         let identity = self.workers[worker].identity as u64;
         let cap = self.scenario.plan.ring.weight_max;
         let (hash, bytes) = (Hash::of(&payload), payload.len() as u64);
-        self.workers[worker].payloads.insert(hash, payload);
+        self.workers[worker].making = Some((task, payload));
         let none = Hash([0; 32]);
         let made = Made {
             hash,
@@ -444,6 +459,11 @@ impl World {
     }
 }
 
+/// The contents that a task is made with.
+fn needs(assigned: &Assigned) -> impl Iterator<Item = &ContentRef> {
+    [&assigned.schema, &assigned.model].into_iter().flatten()
+}
+
 /// For a trace. The ids and keys of contents are not the seed's.
 fn in_short(input: &Input) -> String {
     match input {
@@ -458,12 +478,24 @@ impl Worker {
         self.contents.iter().find(|(_, of, _)| *of == hash).map(|(.., bytes)| &**bytes)
     }
 
+    fn has(&self, hash: Hash) -> bool {
+        self.content(hash).is_some()
+    }
+
     /// What no task names any more goes.
     fn keep_contents(&mut self, assigned: &Assigned) {
-        let wanted: Vec<Hash> = [&assigned.schema, &assigned.model].into_iter().flatten().map(|c| c.hash).collect();
         while self.contents.len() > CONTENTS_KEPT {
-            let Some(at) = self.contents.iter().position(|(_, hash, _)| !wanted.contains(hash)) else { return };
-            self.contents.remove(at);
+            let is_wanted = |hash: &Hash| needs(assigned).any(|content| content.hash == *hash);
+            let Some(at) = self.contents.iter().position(|(_, hash, _)| !is_wanted(hash)) else { return };
+            let (id, ..) = self.contents.remove(at);
+            self.gone.push(id);
+        }
+    }
+
+    /// What it was to make of a task is on its disk.
+    fn put_away(&mut self, task: TaskId) {
+        if let Some((_, payload)) = self.making.take_if(|(of, _)| *of == task) {
+            self.payloads.insert(Hash::of(&payload), payload);
         }
     }
 }

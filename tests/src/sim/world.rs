@@ -258,7 +258,8 @@ impl World {
             return false;
         };
         let is_gone = |worker: &Worker| worker.leaves || worker.ending.is_some();
-        status.paused.is_some() && self.weather.was_damaged && self.workers.iter().any(is_gone)
+        let mut gone = self.workers.iter().filter(|worker| is_gone(worker));
+        status.paused.is_some() && self.weather.was_damaged && gone.any(|gone| status.waiting_for.contains(gone.name()))
     }
 
     fn verdict(self) -> Verdict {
