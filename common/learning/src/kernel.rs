@@ -33,6 +33,9 @@ pub(crate) type Line = [f32; PANEL];
 /// what is fetched ahead.
 const BLOCK_PANELS_MAX: usize = 4;
 
+/// Lines that are multiplied before a loop looks whether it is at its end: its own arithmetic takes the place of products.
+const UNROLLED: usize = 4;
+
 /// Rows from which on blocks pay: with fewer a block is used too seldom to be waited for.
 const MANY_ROWS: usize = 32;
 
@@ -388,9 +391,10 @@ impl<T: Tile, const ROWS: usize, const WHOLE: bool> WithSimd for Run<'_, T, ROWS
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        // The arrays that stand in for vectors have tiles of one row: of more they would be most of the program.
         match (S::F32_LANES, WHOLE) {
-            (16, true) => self.make_all::<S, 2>(simd),
-            (16, false) => self.make_all::<S, 1>(simd),
+            (16, true) if ROWS == 1 || S::REGISTER_COUNT == 32 => self.make_all::<S, 2>(simd),
+            (16, false) if ROWS == 1 || S::REGISTER_COUNT == 32 => self.make_all::<S, 1>(simd),
             (8, true) if ROWS <= 3 => self.make_all::<S, 4>(simd),
             (8, false) if ROWS <= 3 => self.make_all::<S, 2>(simd),
             (4, true) if ROWS <= 3 => self.make_all::<S, 8>(simd),
@@ -474,7 +478,19 @@ impl Tile for Product<'_> {
             let (soon, later) = self.next.split_at(self.ahead.min(self.next.len()));
             self.next = later;
             prefetch(soon);
-            for (k, line) in (0..PANEL).zip(own) {
+            let (groups, rest) = own.as_chunks::<UNROLLED>();
+            for (group, lines) in (0..PANEL / UNROLLED).zip(groups) {
+                unroll!(k in UNROLLED {
+                    let line = vectors::<S, VECTORS>(&lines[k]);
+                    unroll!(r in ROWS {
+                        let x = simd.splat_f32s(numbers[r].as_chunks::<UNROLLED>().0[group][k]);
+                        unroll!(v in VECTORS {
+                            sums[r][v] = simd.mul_add_e_f32s(x, line[v], sums[r][v]);
+                        });
+                    });
+                });
+            }
+            for (k, line) in (own.len() - rest.len()..PANEL).zip(rest) {
                 let line = vectors::<S, VECTORS>(line);
                 unroll!(r in ROWS {
                     let x = simd.splat_f32s(numbers[r][k]);
@@ -543,7 +559,21 @@ impl Tile for Step<'_> {
             });
         }
         for (rows, deltas) in self.deltas {
-            for (inputs, deltas) in self.inputs[rows.clone()].iter().zip(*deltas) {
+            let (inputs, inputs_rest) = self.inputs[rows.clone()].as_chunks::<UNROLLED>();
+            let (deltas, deltas_rest) = deltas[..rows.len()].as_chunks::<UNROLLED>();
+            for (inputs, deltas) in inputs.iter().zip(deltas) {
+                unroll!(k in UNROLLED {
+                    let inputs: &[f32; ROWS] = inputs[k][at..].first_chunk().expect(TILES_FIT);
+                    let deltas = vectors::<S, VECTORS>(&deltas[k]);
+                    unroll!(r in ROWS {
+                        let x = simd.splat_f32s(inputs[r]);
+                        unroll!(v in VECTORS {
+                            sums[r][v] = simd.mul_add_e_f32s(x, deltas[v], sums[r][v]);
+                        });
+                    });
+                });
+            }
+            for (inputs, deltas) in inputs_rest.iter().zip(deltas_rest) {
                 let inputs: &[f32; ROWS] = inputs[at..].first_chunk().expect(TILES_FIT);
                 let deltas = vectors::<S, VECTORS>(deltas);
                 unroll!(r in ROWS {
