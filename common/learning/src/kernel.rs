@@ -18,7 +18,7 @@ use std::ops::Range;
 use protocol::pages::Numbers;
 use pulp::{Arch, Scalar512b, Simd, WithSimd, bytemuck};
 #[cfg(target_arch = "x86_64")]
-use pulp::{NullaryFnOnce, core_arch::x86::Sse, x86::V4};
+use pulp::{NullaryFnOnce, core_arch::x86::Sse, f32x16, x86::V4};
 
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 32;
@@ -712,19 +712,39 @@ pub(crate) fn keep_positive(
     (rows, columns): (usize, usize),
     turned_back: bool,
 ) {
+    let arch = Arch::new();
     each_block(rows, columns, |row, column| {
         let turned = &mut by_columns.lines_mut(row / PANEL)[column..];
         let to = &mut by_rows.lines_mut(column / PANEL)[row..];
-        turn_block(turned, row % PANEL, to, column % PANEL);
         let values = &values.lines(column / PANEL)[row..];
-        for (to, values) in to[..BLOCK].iter_mut().zip(values) {
-            let (to, values) = (&mut to[column % PANEL..][..BLOCK], &values[column % PANEL..][..BLOCK]);
-            to.iter_mut().zip(values).for_each(|(to, value)| *to = if *value > 0.0 { *to } else { 0.0 });
-        }
-        if turned_back {
-            turn_block(to, column % PANEL, turned, row % PANEL);
+        match arch {
+            #[cfg(target_arch = "x86_64")]
+            Arch::V4(simd) => simd.vectorize(KeepPositive {
+                simd,
+                by_columns: (turned, row % PANEL),
+                by_rows: (to, column % PANEL),
+                values,
+                turned_back,
+            }),
+            _ => keep_positive_block((turned, row % PANEL), (to, column % PANEL), values, turned_back),
         }
     });
+}
+
+fn keep_positive_block(
+    (turned, row): (&mut [Line], usize),
+    (to, column): (&mut [Line], usize),
+    values: &[Line],
+    turned_back: bool,
+) {
+    turn_block(turned, row, to, column);
+    for (to, values) in to[..BLOCK].iter_mut().zip(values) {
+        let (to, values) = (&mut to[column..][..BLOCK], &values[column..][..BLOCK]);
+        to.iter_mut().zip(values).for_each(|(to, value)| *to = if *value > 0.0 { *to } else { 0.0 });
+    }
+    if turned_back {
+        turn_block(to, column, turned, row);
+    }
 }
 
 /// Rows and columns that are transposed at once: a cache line each.
@@ -785,24 +805,87 @@ impl NullaryFnOnce for Transpose<'_> {
 
     #[inline(always)]
     fn call(self) {
-        const LOW: [u32; BLOCK] = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23];
-        const HIGH: [u32; BLOCK] = [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31];
-        let avx512 = self.simd.avx512f;
-        let (low, high) = (bytemuck::cast(LOW), bytemuck::cast(HIGH));
         let mut rows = [self.simd.splat_f32x16(0.0); BLOCK];
-        for (row, from) in rows.iter_mut().zip(self.from.chunks(self.stride)) {
-            *row = bytemuck::pod_read_unaligned(bytemuck::cast_slice(&from[..BLOCK]));
+        for (at, row) in rows.iter_mut().enumerate() {
+            *row = bytemuck::cast(*sixteen(self.from, at * self.stride));
         }
-        for _ in 0..4 {
-            let before = rows;
-            for at in 0..BLOCK / 2 {
-                let (upper, lower) = (bytemuck::cast(before[at]), bytemuck::cast(before[at + BLOCK / 2]));
-                rows[2 * at] = bytemuck::cast(avx512._mm512_permutex2var_ps(upper, low, lower));
-                rows[2 * at + 1] = bytemuck::cast(avx512._mm512_permutex2var_ps(upper, high, lower));
-            }
-        }
-        for (row, to) in rows.iter().zip(self.to.chunks_mut(self.to_stride)) {
-            to[..BLOCK].copy_from_slice(bytemuck::cast_slice(std::slice::from_ref(row)));
+        for (at, row) in turned(self.simd, rows).iter().enumerate() {
+            *sixteen_mut(self.to, at * self.to_stride) = bytemuck::cast(*row);
         }
     }
+}
+
+/// The transpose of 16 rows.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn turned(simd: V4, mut rows: [f32x16; BLOCK]) -> [f32x16; BLOCK] {
+    const LOW: [u32; BLOCK] = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23];
+    const HIGH: [u32; BLOCK] = [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31];
+    let (low, high) = (bytemuck::cast(LOW), bytemuck::cast(HIGH));
+    for _ in 0..4 {
+        let before = rows;
+        for at in 0..BLOCK / 2 {
+            let (upper, lower) = (bytemuck::cast(before[at]), bytemuck::cast(before[at + BLOCK / 2]));
+            rows[2 * at] = bytemuck::cast(simd.avx512f._mm512_permutex2var_ps(upper, low, lower));
+            rows[2 * at + 1] = bytemuck::cast(simd.avx512f._mm512_permutex2var_ps(upper, high, lower));
+        }
+    }
+    rows
+}
+
+/// A block of [`keep_positive`], which stays in registers between the one way and the other.
+#[cfg(target_arch = "x86_64")]
+struct KeepPositive<'a> {
+    simd: V4,
+    /// At the block's first line, and its column there; so the others.
+    by_columns: (&'a mut [Line], usize),
+    by_rows: (&'a mut [Line], usize),
+    values: &'a [Line],
+    turned_back: bool,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl NullaryFnOnce for KeepPositive<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { simd, by_columns: (by_columns, from), by_rows: (by_rows, column), values, turned_back } = self;
+        // Of a length that is known, or they would not stay in registers.
+        let by_columns: &mut [Line; BLOCK] = by_columns.first_chunk_mut().expect(BLOCKS_FIT);
+        let by_rows: &mut [Line; BLOCK] = by_rows.first_chunk_mut().expect(BLOCKS_FIT);
+        let values: &[Line; BLOCK] = values.first_chunk().expect(BLOCKS_FIT);
+        let zero = simd.splat_f32x16(0.0);
+        let mut rows = [zero; BLOCK];
+        for at in 0..BLOCK {
+            rows[at] = bytemuck::cast(*sixteen(&by_columns[at], from));
+        }
+        rows = turned(simd, rows);
+        for at in 0..BLOCK {
+            let positive = simd.cmp_gt_f32x16(bytemuck::cast(*sixteen(&values[at], column)), zero);
+            rows[at] = simd.select_f32x16(positive, rows[at], zero);
+            *sixteen_mut(&mut by_rows[at], column) = bytemuck::cast(rows[at]);
+        }
+        if turned_back {
+            rows = turned(simd, rows);
+            for at in 0..BLOCK {
+                *sixteen_mut(&mut by_columns[at], from) = bytemuck::cast(rows[at]);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+const BLOCKS_FIT: &str = "whatever is turned has room for whole blocks";
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn sixteen(floats: &[f32], from: usize) -> &[f32; BLOCK] {
+    floats[from..].first_chunk().expect(BLOCKS_FIT)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn sixteen_mut(floats: &mut [f32], from: usize) -> &mut [f32; BLOCK] {
+    floats[from..].first_chunk_mut().expect(BLOCKS_FIT)
 }
