@@ -160,9 +160,15 @@ impl Panels {
         }
     }
 
-    /// The reverse of [`Panels::load`].
-    pub(crate) fn store(&self, (row, column): (usize, usize), inputs: usize, bias: &mut [f32], weights: &mut [f32]) {
-        let rows = self.rows.min(inputs - row);
+    /// The reverse of [`Panels::load`]; says whether all are finite.
+    pub(crate) fn store(
+        &self,
+        (row, column): (usize, usize),
+        inputs: usize,
+        bias: &mut [f32],
+        weights: &mut [f32],
+    ) -> bool {
+        let (rows, mut finite) = (self.rows.min(inputs - row), true);
         for (nth, columns) in panels(self.columns).enumerate() {
             let at = column + PANEL * nth;
             let (lines, bias_line) = self.lines(nth).split_at(rows);
@@ -170,7 +176,9 @@ impl Panels {
                 bias[at..][..columns].copy_from_slice(&bias_line[..columns]);
             }
             transpose(lines.as_flattened(), PANEL, rows, columns, &mut weights[at * inputs + row..], inputs);
+            finite &= all_finite(self.lines(nth).as_flattened());
         }
+        finite
     }
 
     /// Makes the last column one of ones.
@@ -201,6 +209,11 @@ impl Panels {
 /// How many columns each panel of so many has.
 pub(crate) fn panels(columns: usize) -> impl Iterator<Item = usize> {
     (0..columns).step_by(PANEL).map(move |column| PANEL.min(columns - column))
+}
+
+/// Looks at all of them, whatever it finds: looking for the first would not vectorise.
+fn all_finite(values: &[f32]) -> bool {
+    values.iter().fold(true, |all, x| all & x.is_finite())
 }
 
 /// How many of a panel's columns are computed.

@@ -145,29 +145,42 @@ impl Stepper {
         all
     }
 
-    /// The weights in layout order.
-    pub(crate) fn weights(&self) -> Numbers<f32> {
+    /// The weights in layout order, if all are finite.
+    pub(crate) fn weights(&self) -> Option<Numbers<f32>> {
         self.in_layout_order(|layer| &layer.weights)
     }
 
-    /// The gradient that was gathered, in layout order.
-    pub(crate) fn gradient(&self) -> Numbers<f32> {
+    /// The gradient that was gathered, in layout order, if all of it is finite.
+    pub(crate) fn gradient(&self) -> Option<Numbers<f32>> {
         self.in_layout_order(|layer| &layer.velocity)
     }
 
-    fn in_layout_order(&self, of: impl Fn(&Weights) -> &Panels) -> Numbers<f32> {
+    /// Each thread gives what it has in its core's cache; of the last layer, where that is not in one piece, the caller's.
+    fn in_layout_order(&self, of: impl Fn(&Weights) -> &Panels + Sync) -> Option<Numbers<f32>> {
         let mut all = Numbers::zeroed(self.layers.iter().map(|layer| layer.weights()).sum());
+        let (last, hidden) = self.layers.split_last()?;
         let mut rest = &mut all[..];
-        for (at, layer) in self.layers.iter().enumerate() {
-            let (own, behind) = rest.split_at_mut(layer.weights());
-            let (bias, rows) = own.split_at_mut(layer.outputs);
-            for part in self.shares.iter().map(|share| &share.layers[at]) {
-                let part = read(&part.weights);
-                of(&part).store(part.from, layer.inputs, bias, rows);
+        let mut places: Vec<_> = self.shares.iter().map(|_| Vec::new()).collect();
+        for (at, layer) in hidden.iter().enumerate() {
+            let (mut bias, mut rows) =
+                (rest.split_off_mut(..layer.outputs)?, rest.split_off_mut(..layer.inputs * layer.outputs)?);
+            for (share, places) in self.shares.iter().zip(&mut places) {
+                let columns = share.layers[at].columns.len();
+                places.push((bias.split_off_mut(..columns)?, rows.split_off_mut(..columns * layer.inputs)?));
             }
-            rest = behind;
         }
-        all
+        let finite = together(self.shares.iter().zip(places), |(share, places)| {
+            let parts = share.layers.iter().zip(hidden).zip(places);
+            parts.fold(true, |finite, ((part, layer), (bias, rows))| {
+                of(&read(&part.weights)).store((0, 0), layer.inputs, bias, rows) && finite
+            })
+        });
+        let (bias, rows) = rest.split_at_mut(last.outputs);
+        let finite = self.shares.iter().zip(finite).fold(true, |all_finite, (share, finite)| {
+            let part = read(&share.layers[hidden.len()].weights);
+            of(&part).store(part.from, last.inputs, bias, rows) && finite && all_finite
+        });
+        finite.then_some(all)
     }
 
     /// Takes a share's columns of the `picked` rows' inputs.

@@ -108,11 +108,6 @@ impl Squares {
     }
 }
 
-/// Looks at all of them, whatever it finds: looking for the first would not vectorise.
-fn all_finite(values: &[f32]) -> bool {
-    values.iter().fold(true, |all, x| all & x.is_finite())
-}
-
 impl Network {
     /// Trains from `start` for `local_epochs` passes over `rows`, in an order drawn for `key`.
     ///
@@ -149,10 +144,7 @@ impl Network {
             }
             Ok(())
         })?;
-        let weights = stepper.weights();
-        if !all_finite(&weights) {
-            return Err(Stopped::NotFinite { steps: steps.saturating_sub(1) });
-        }
+        let weights = stepper.weights().ok_or(Stopped::NotFinite { steps: steps.saturating_sub(1) })?;
         let seen = to_f64(rows.len()) * f64::from(spec.local_epochs);
         Ok(Trained { weights, steps, loss: if seen > 0.0 { loss_sum / seen } else { 0.0 } })
     }
@@ -183,9 +175,8 @@ impl Network {
         let gather = |_| Rule::Gather { kept: 1.0, rate: None };
         let loss = stepper.with_crew(rows, |crew| over_parts(crew, &batch, gather, &mut 0, on_pass))?;
         let loss = if batch.is_empty() { 0.0 } else { loss / to_f64(batch.len()) };
-        let values = stepper.gradient();
-        let finite = loss.is_finite() && all_finite(&values);
-        if finite { Ok(Gradient { values, loss }) } else { Err(Stopped::NotFinite { steps: 0 }) }
+        let values = stepper.gradient().filter(|_| loss.is_finite());
+        values.map(|values| Gradient { values, loss }).ok_or(Stopped::NotFinite { steps: 0 })
     }
 }
 
