@@ -626,7 +626,8 @@ impl Fleet {
             Done::Learned(input) => self.input(input),
             Done::Sealed(content) => self.offer(content),
             Done::Schema(schema) => self.world.schema = Some(schema),
-            Done::Synced { no, bytes, on_disk, took } => self.synced(no, bytes, on_disk, took),
+            Done::Synced { no, bytes, took } => self.synced(no, bytes, took),
+            Done::OnDisk(bytes) => self.world.door.telemetry.metrics.state_bytes.set(lossy(bytes)),
             Done::DiskFull => self.workshop_waits(true),
             Done::DiskBack => self.workshop_waits(false),
             Done::Spooled(bytes) => self.world.door.telemetry.metrics.spool_bytes.set(lossy(bytes)),
@@ -646,11 +647,10 @@ impl Fleet {
     }
 
     /// Opens the gates of all that waited for this event or an earlier one.
-    fn synced(&mut self, no: EventNo, bytes: u64, on_disk: u64, took: Duration) {
+    fn synced(&mut self, no: EventNo, bytes: u64, took: Duration) {
         let metrics = &self.world.door.telemetry.metrics;
         metrics.journal_sync_seconds.record(took.as_secs_f64());
         metrics.journal_bytes.increment(bytes);
-        metrics.state_bytes.set(lossy(on_disk));
         crash::point("answer.before");
         self.core.synced(no);
         self.drain();

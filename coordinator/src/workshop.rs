@@ -17,7 +17,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -93,11 +93,11 @@ pub enum Done {
         no: EventNo,
         /// How much was made durable.
         bytes: u64,
-        /// How much the run takes on the disk.
-        on_disk: u64,
         /// How long it took.
         took: Duration,
     },
+    /// How much the run takes on the disk.
+    OnDisk(u64),
     /// How much waits in memory or on disk.
     Spooled(u64),
     /// The model is in this directory.
@@ -156,31 +156,45 @@ pub struct Content {
 }
 
 impl Content {
-    /// Seals `plaintext` under a fresh key, and asks `hash` for its hash meanwhile.
-    fn seal(kind: Kind, hash: impl Fn(&[u8]) -> Hash + Sync, plaintext: &[u8]) -> Result<Self, WorkshopError> {
+    /// Seals `plaintext` under a fresh key, asks `hash` for its hash and does what is to be done `beside` meanwhile.
+    fn seal(
+        telemetry: &Telemetry,
+        kind: Kind,
+        hash: impl Fn(&[u8]) -> Hash + Sync,
+        plaintext: &[u8],
+        beside: impl FnOnce() -> Result<(), StoreError> + Send,
+    ) -> Result<Self, WorkshopError> {
         let (mut id, mut key) = (ContentId([0; 16]), ContentKey([0; 32]));
         getrandom::fill(&mut id.0)?;
         getrandom::fill(&mut key.0)?;
         let bytes = plaintext.len() as u64;
         let parts = cut_content(id, &key, plaintext, crew::parts(bytes))?;
         let (mut of_all, mut sealed) = (Hash([0; 32]), vec![Vec::new(); parts.len()]);
+        let took = AtomicU64::new(0);
         let sealing = parts.into_iter().zip(&mut sealed).map(|(part, records)| Share::Seal(part, records));
-        let mut shares = vec![Share::Hash(&mut of_all)];
+        let mut shares = vec![Share::Beside(beside), Share::Hash(&mut of_all)];
         shares.extend(sealing);
-        crew::share(bytes, shares.into_iter(), |share| -> Result<(), RecordError> {
+        crew::share(bytes, shares.into_iter(), |share| -> Result<(), WorkshopError> {
             match share {
+                Share::Beside(beside) => beside()?,
                 Share::Hash(place) => *place = hash(plaintext),
-                Share::Seal(part, place) => *place = part.seal()?,
+                Share::Seal(part, place) => {
+                    let began = Instant::now();
+                    *place = part.seal()?;
+                    took.fetch_add(u64::try_from(began.elapsed().as_nanos()).unwrap_or(0), Ordering::Relaxed);
+                }
             }
             Ok(())
         })?;
+        telemetry.metrics.seal_seconds.record(Duration::from_nanos(took.into_inner()).as_secs_f64());
         let reference = ContentRef { id, key, hash: of_all, bytes };
         Ok(Self { reference, kind, records: sealed.into_iter().flatten().map(Bytes::from).collect() })
     }
 }
 
 /// What there is to be done for a content.
-enum Share<'a> {
+enum Share<'a, B> {
+    Beside(B),
     Hash(&'a mut Hash),
     Seal(ContentPart<'a>, &'a mut Vec<Vec<u8>>),
 }
@@ -632,10 +646,7 @@ impl Workshop {
         hash: impl Fn(&[u8]) -> Hash + Sync,
         plaintext: &[u8],
     ) -> Result<Content, WorkshopError> {
-        let began = Instant::now();
-        let content = Content::seal(kind, hash, plaintext)?;
-        self.telemetry.metrics.seal_seconds.record(began.elapsed().as_secs_f64());
-        Ok(content)
+        Content::seal(&self.telemetry, kind, hash, plaintext, || Ok(()))
     }
 
     // --- rounds ---
@@ -669,7 +680,7 @@ impl Workshop {
     }
 
     fn step(&mut self, round: u32, tasks: &[TaskId]) -> Result<(), WorkshopError> {
-        let (Some(sum), Some(server)) = (&mut self.sum, &mut self.server) else {
+        let (Some(frame), Some(sum), Some(server)) = (&self.frame, &mut self.sum, &mut self.server) else {
             return Err(WorkshopError::Unusable("there is nothing to step with".to_owned()));
         };
         let folded: Vec<TaskId> = sum.tasks().iter().copied().collect();
@@ -693,9 +704,12 @@ impl Workshop {
             return self.seal_model();
         }
         sum.drained();
-        let layout = self.frame()?.network.layout();
-        let sealed = self.seal(Kind::Model, |model| layout.model_hash(model), &self.model)?;
+        let state = ModelState { model: self.model.clone(), server: server.to_bytes() };
+        let (layout, store) = (frame.network.layout(), &mut self.store);
+        let hash_of = |model: &[u8]| layout.model_hash(model);
+        let sealed = Content::seal(&self.telemetry, Kind::Model, hash_of, &state.model, || store.prepare(&state))?;
         let hash = sealed.reference.hash;
+        self.store.name_prepared(hash);
         self.model_hash = Some(hash);
         self.say(Done::Learned(Input::Stepped { round, model: hash, train_loss: None }));
         self.say(Done::Sealed(Arc::new(sealed)));
@@ -778,7 +792,9 @@ impl Workshop {
     fn sync(&mut self, no: EventNo) -> Result<(), WorkshopError> {
         let began = Instant::now();
         let bytes = self.store.sync()?;
-        self.say(Done::Synced { no, bytes, on_disk: self.store.bytes_on_disk(), took: began.elapsed() });
+        self.say(Done::Synced { no, bytes, took: began.elapsed() });
+        self.store.clean()?;
+        self.say(Done::OnDisk(self.store.bytes_on_disk()));
         Ok(())
     }
 
@@ -1076,7 +1092,7 @@ mod tests {
         fn commit(&mut self, event: Event) {
             self.work(Job::Append(event));
             let done = self.work(Job::Sync(EventNo(9)));
-            assert!(matches!(done[..], [Done::Synced { no: EventNo(9), .. }]), "{done:?}");
+            assert!(matches!(done[..], [Done::Synced { no: EventNo(9), .. }, Done::OnDisk(_)]), "{done:?}");
         }
 
         /// The process dies, and another begins.

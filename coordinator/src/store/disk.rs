@@ -258,15 +258,15 @@ impl Disk for RealDisk {
 /// A file on its way to its place.
 pub(crate) struct Aside<'a> {
     disk: &'a mut dyn Disk,
-    /// The name that it will have.
     name: &'a str,
+    /// What it is called before whoever reads an error.
+    told: &'a str,
     bytes: u64,
 }
 
 impl Aside<'_> {
     pub(crate) fn put(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
-        let aside = format!("{}{ASIDE}", self.name);
-        self.disk.append(&aside, bytes).map_err(StoreError::io(self.name, "write"))?;
+        self.disk.append(self.name, bytes).map_err(StoreError::io(self.told, "write"))?;
         self.bytes += bytes.len() as u64;
         Ok(())
     }
@@ -279,25 +279,40 @@ pub(crate) fn write_aside(
     write: impl FnOnce(&mut Aside<'_>) -> Result<(), StoreError>,
 ) -> Result<u64, StoreError> {
     let aside = format!("{name}{ASIDE}");
-    match disk.remove(&aside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(StoreError::io(name, "replace")(error)),
+    let bytes = put_aside(disk, &aside, write)?;
+    take_place(disk, &aside, name)?;
+    Ok(bytes)
+}
+
+/// Writes what is to be a file, durably. The number of its bytes.
+pub(crate) fn put_aside(
+    disk: &mut dyn Disk,
+    aside: &str,
+    write: impl FnOnce(&mut Aside<'_>) -> Result<(), StoreError>,
+) -> Result<u64, StoreError> {
+    let told = aside.strip_suffix(ASIDE).unwrap_or(aside);
+    match disk.remove(aside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(StoreError::io(told, "replace")(error)),
         _ => {}
     }
-    let mut file = Aside { disk: &mut *disk, name, bytes: 0 };
+    let mut file = Aside { disk: &mut *disk, name: aside, told, bytes: 0 };
     let written = write(&mut file).map(|()| file.bytes);
     let written = written.and_then(|bytes| {
-        disk.sync(&aside).map_err(StoreError::io(name, "sync"))?;
+        disk.sync(aside).map_err(StoreError::io(told, "sync"))?;
         Ok(bytes)
     });
     if written.is_err() {
         // Half a file only takes room, of which there may be none; the error that matters is the one before.
-        let _ = disk.remove(&aside);
-        return written;
+        let _ = disk.remove(aside);
     }
-    disk.rename(&aside, name).map_err(StoreError::io(name, "rename to"))?;
-    // It has its name now, and whether that lasts is not known: there is no way back to what was.
-    disk.sync(name).map_err(|source| StoreError::Unsynced { file: name.to_owned(), source })?;
     written
+}
+
+/// Makes what was put aside the file that it is to be, durably.
+pub(crate) fn take_place(disk: &mut dyn Disk, aside: &str, name: &str) -> Result<(), StoreError> {
+    disk.rename(aside, name).map_err(StoreError::io(name, "rename to"))?;
+    // It has its name now, and whether that lasts is not known: there is no way back to what was.
+    disk.sync(name).map_err(|source| StoreError::Unsynced { file: name.to_owned(), source })
 }
 
 /// The whole of a file that has at most `max` bytes; `None` if there is none.

@@ -23,7 +23,7 @@ use protocol::layout::model_hasher;
 use protocol::limits::{MODEL_BYTES_MAX, PAYLOAD_AT_ONCE_BYTES_MAX, SCHEMA_BYTES_MAX};
 
 use super::StoreError;
-use super::disk::{ASIDE, Disk, read_whole, write_aside};
+use super::disk::{ASIDE, Disk, put_aside, read_whole, take_place, write_aside};
 use super::journal::{ATTACHMENT_BYTES_MAX, Attached, End, FACT, Journal, Record, Scope};
 use crate::crash;
 
@@ -32,6 +32,9 @@ pub const MODELS_KEPT: usize = 3;
 
 /// What the names of a run's journal begin with.
 pub const JOURNAL: &str = "journal-";
+
+/// A model that is written before its hash, and so its name, is known.
+const NEXT_MODEL: &str = "model-next.aside";
 
 const MODEL_MAGIC: &[u8; 8] = b"tribmodl";
 const MODEL_VERSION: u32 = 1;
@@ -119,6 +122,8 @@ pub struct RunStore {
     commit_unsynced: bool,
     /// Something may be replaced by what the next sync makes durable.
     replaces: bool,
+    /// A model stands in [`NEXT_MODEL`], durably; and the hash that it turned out to have.
+    prepared: Option<Option<Hash>>,
     /// Models and payloads are there, or may be, in files of their own, which will be over some day.
     litter: bool,
     /// The lowest part that has attachments to be stripped.
@@ -186,6 +191,7 @@ impl RunStore {
             commit_waits: false,
             commit_unsynced: false,
             replaces: false,
+            prepared: None,
             litter: true,
             unstripped,
             others: 0,
@@ -231,6 +237,29 @@ impl RunStore {
         }
     }
 
+    /// Writes the model that the next commit will come with, if it is large, so that this can be done beside what else it takes.
+    /// [`Self::name_prepared`] says which one it was. A full disk is no error: the commit writes it then.
+    ///
+    /// # Errors
+    /// If the disk is broken.
+    pub fn prepare(&mut self, state: &ModelState) -> Result<(), StoreError> {
+        self.prepared = None;
+        if !self.is_large(state) {
+            return Ok(());
+        }
+        match put_model(self.disk.as_mut(), NEXT_MODEL, state) {
+            Err(error) if error.is_full() => return Ok(()),
+            put => put?,
+        }
+        self.prepared = Some(None);
+        Ok(())
+    }
+
+    /// Says that the model that was prepared is the one with this hash.
+    pub fn name_prepared(&mut self, model: Hash) {
+        self.prepared = self.prepared.map(|_| Some(model));
+    }
+
     /// Whether a fact whose model, if it makes one, goes beside its record is taken in without a file being touched.
     #[must_use]
     pub fn is_quick(&self, event: &Event) -> bool {
@@ -268,8 +297,8 @@ impl RunStore {
         Ok(())
     }
 
-    /// Makes everything that was appended survive a power cut, payload files first, and then removes what was replaced
-    /// by it. How many bytes of the journal were made durable.
+    /// Makes everything that was appended survive a power cut, payload files first. How many bytes of the journal were made
+    /// durable. What was replaced by it is still there: see [`Self::clean`].
     ///
     /// # Errors
     /// As [`Self::flush`]; and if a sync failed, after which the process must end.
@@ -281,6 +310,14 @@ impl RunStore {
         let bytes = self.journal.sync(self.disk.as_mut())?;
         crash::point(if commit { "commit-sync.after" } else { "journal-sync.after" });
         self.commit_unsynced = false;
+        Ok(bytes)
+    }
+
+    /// Removes what is replaced by what is durable. For after a sync, when whoever waited for it has been told.
+    ///
+    /// # Errors
+    /// If the disk is broken.
+    pub fn clean(&mut self) -> Result<(), StoreError> {
         if self.replaces {
             self.replaces = false;
             // One that is kept and not yet said to be held is still open.
@@ -292,7 +329,7 @@ impl RunStore {
                 self.tidy()?;
             }
         }
-        Ok(bytes)
+        Ok(())
     }
 
     /// Keeps a payload that was spooled to the file `part` of this directory.
@@ -379,7 +416,7 @@ impl RunStore {
     /// What the model is made of, the model, the record that names it: each durable before the next.
     fn commit(&mut self, event: &Event, state: &ModelState) -> Result<(), StoreError> {
         let (round, hash) = self.index.model_of(event).expect("only what makes a model comes with one");
-        let is_large = state.model.len() + state.server.len() + 8 > self.limits.attached_bytes;
+        let is_large = self.is_large(state);
         let is_part_full = self.journal.length() > self.limits.part_bytes;
         self.litter |= is_large || is_part_full;
         // Both make the journal durable, and with it facts of which these payloads are the matter.
@@ -397,7 +434,7 @@ impl RunStore {
             self.journal.sync(self.disk.as_mut())?;
             crash::point("journal-sync.after");
             crash::point("checkpoint.before");
-            write_model(self.disk.as_mut(), &model_file(round, hash), state)?;
+            self.write_model(&model_file(round, hash), hash, state)?;
             crash::point("checkpoint.after");
         }
         if is_part_full {
@@ -406,6 +443,20 @@ impl RunStore {
             self.others += length;
         }
         if is_large { self.record(event, &[]) } else { self.record(event, &state.to_bytes()) }
+    }
+
+    fn is_large(&self, state: &ModelState) -> bool {
+        state.model.len() + state.server.len() + 8 > self.limits.attached_bytes
+    }
+
+    /// Makes a model a file, of what was prepared if that is it.
+    fn write_model(&mut self, file: &str, hash: Hash, state: &ModelState) -> Result<(), StoreError> {
+        let is_there = self.prepared.take() == Some(Some(hash));
+        let aside = if is_there { NEXT_MODEL.to_owned() } else { format!("{file}{ASIDE}") };
+        if !is_there {
+            put_model(self.disk.as_mut(), &aside, state)?;
+        }
+        take_place(self.disk.as_mut(), &aside, file)
     }
 
     /// A commit that is made again must give the same model.
@@ -477,6 +528,7 @@ impl RunStore {
         match PayloadName::parse(name) {
             Some(PayloadName { task, is_part: true, .. }) => !self.index.open.contains(&task),
             Some(PayloadName { task, .. }) => !self.index.held.contains(&task) && !self.kept.contains_key(&task),
+            None if name == NEXT_MODEL => self.prepared.is_none(),
             None if ours && name.ends_with(ASIDE) => true,
             None => parse_model_file(name).is_some_and(|(round, hash)| {
                 let other = self.index.models.get(&round).is_some_and(|model| model.hash != hash);
@@ -801,7 +853,7 @@ impl ModelState {
 }
 
 /// Magic, version, both lengths, both contents, BLAKE3 of all that.
-fn write_model(disk: &mut dyn Disk, name: &str, state: &ModelState) -> Result<(), StoreError> {
+fn put_model(disk: &mut dyn Disk, name: &str, state: &ModelState) -> Result<(), StoreError> {
     let mut head = Vec::with_capacity(MODEL_HEAD_BYTES);
     head.extend(MODEL_MAGIC);
     head.extend(MODEL_VERSION.to_le_bytes());
@@ -818,7 +870,7 @@ fn write_model(disk: &mut dyn Disk, name: &str, state: &ModelState) -> Result<()
     thread::scope(|scope| {
         // Beside the writing, if there is a thread to be had.
         let helper = thread::Builder::new().name("hash".to_owned()).spawn_scoped(scope, hash).ok();
-        write_aside(disk, name, |file| {
+        put_aside(disk, name, |file| {
             pieces.iter().try_for_each(|piece| file.put(piece))?;
             let hashed = helper.map(|helper| helper.join().unwrap_or_else(|panic| resume_unwind(panic)));
             file.put(hashed.unwrap_or_else(hash).as_bytes())
@@ -864,7 +916,7 @@ fn read_exactly(input: &mut dyn Read, name: &str, bytes: u64) -> Result<Vec<u8>,
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::super::disk::RealDisk;
-    use super::super::testing::{SCHEMA, TestDisk, assigned, committed, held, model, started, surveyed};
+    use super::super::testing::{self, SCHEMA, TestDisk, assigned, committed, held, model, started, surveyed};
     use super::*;
 
     const RUN: RunId = RunId([7; 16]);
@@ -909,7 +961,7 @@ mod tests {
         fn sync(&mut self) -> Result<(), StoreError> {
             self.store.sync()?;
             self.synced = self.appended.len();
-            Ok(())
+            self.store.clean()
         }
 
         fn begin(&mut self, bytes: usize) -> Result<(), StoreError> {
@@ -932,6 +984,10 @@ mod tests {
             }
             self.store.flush()?;
             let state = model(round, bytes);
+            if round % 2 == 0 {
+                self.store.prepare(&state)?;
+                self.store.name_prepared(testing::hash_of(&state));
+            }
             self.append(committed(round, task(round), &payload, &state), Attachment::Model(&state))?;
             self.sync()
         }
@@ -1062,6 +1118,7 @@ mod tests {
         store.append(&committed(1, task(1), &payload, &state), Attachment::Model(&state)).unwrap();
         assert!(store.payload(task(1), hash).unwrap().is_some(), "until the commit is durable");
         store.sync().unwrap();
+        store.clean().unwrap();
         assert!(store.payload(task(1), hash).unwrap().is_none());
         assert!(store.parts().unwrap().is_empty());
     }

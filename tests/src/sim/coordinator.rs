@@ -516,7 +516,7 @@ impl World {
             Done::Broken(error) => self.fail(format!("the workshop broke: {error}")),
             // The shell that calls the workshop says these itself.
             Done::DiskFull | Done::DiskBack => {}
-            Done::Ready | Done::Schema(_) | Done::Spooled(_) | Done::Written(_) => {}
+            Done::Ready | Done::Schema(_) | Done::OnDisk(_) | Done::Spooled(_) | Done::Written(_) => {}
         }
     }
 
