@@ -2,8 +2,12 @@
 //!
 //! The sum of a large model is walked from end to end once for each update. On pages of 4 KiB the walk waits for the page
 //! table as often as for the numbers, and the first walk for a fault in each page.
+//!
+//! A fresh page costs more than its first use: the kernel clears it, and a hypervisor may have to find it first. A round needs
+//! the same few runs as the one before it, so some that are dropped are kept for whoever needs one next.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::{Mutex, PoisonError};
 
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 use memmap2::MmapMut;
@@ -11,28 +15,94 @@ use memmap2::MmapMut;
 /// From here on a run has pages of its own: some large ones. Less would waste most of the last one.
 const LARGE_BYTES: usize = 8 << 20;
 
-/// Numbers, zero at first, whose count does not change.
+/// The length of a large page, of which maps have a whole number: so lengths that differ by little have one map.
+const PAGE_BYTES: usize = 2 << 20;
+
+/// What is kept at most, of all that was dropped.
+const SPARE_BYTES_MAX: usize = 256 << 20;
+
+static SPARES: Spares = Spares(Mutex::new(Vec::new()));
+
+/// Numbers whose count does not change.
 pub struct Numbers<T>(Place<T>);
 
 enum Place<T> {
     Small(Vec<T>),
-    Large(MmapMut),
+    Large(Map, usize),
+}
+
+/// A map that is kept when it is dropped.
+struct Map(Option<MmapMut>);
+
+/// Maps that nobody has, with what was in them.
+struct Spares(Mutex<Vec<MmapMut>>);
+
+impl Spares {
+    /// One that is long enough, and not much longer.
+    fn take(&self, bytes: usize) -> Option<MmapMut> {
+        let mut spares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |spare: &MmapMut| (bytes..=bytes + bytes / 8).contains(&spare.len());
+        let at = spares.iter().position(fits)?;
+        Some(spares.remove(at))
+    }
+
+    /// Keeps the newest.
+    fn keep(&self, map: MmapMut) {
+        let mut spares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        spares.push(map);
+        let mut total: usize = spares.iter().map(|spare| spare.len()).sum();
+        let over = spares.iter().take_while(|spare| {
+            let is_over = total > SPARE_BYTES_MAX;
+            total -= spare.len();
+            is_over
+        });
+        let over = over.count();
+        let over: Vec<MmapMut> = spares.drain(..over).collect();
+        drop(spares);
+        // Which takes a while, and nobody need wait for it.
+        drop(over);
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        if let Some(map) = self.0.take() {
+            SPARES.keep(map);
+        }
+    }
 }
 
 impl<T: Pod> Numbers<T> {
     /// `count` zeros.
     #[must_use]
     pub fn zeroed(count: usize) -> Self {
+        Self::with(count, |numbers| numbers.fill(T::zeroed()))
+    }
+
+    /// `count` numbers for whoever writes all of them: until then they are anything, such as what was here before.
+    #[must_use]
+    pub fn unset(count: usize) -> Self {
+        Self::with(count, |_| ())
+    }
+
+    /// Fresh ones are zero; those that were used are shown to `reset`.
+    fn with(count: usize, reset: impl FnOnce(&mut [T])) -> Self {
         let bytes = count.saturating_mul(size_of::<T>());
-        let large = (bytes >= LARGE_BYTES).then(|| MmapMut::map_anon(bytes).ok()).flatten();
-        Self(match large {
-            Some(map) => {
-                advise(&map);
-                Place::Large(map)
+        if bytes >= LARGE_BYTES {
+            if let Some(spare) = SPARES.take(bytes) {
+                let mut used = Self(Place::Large(Map(Some(spare)), bytes));
+                reset(&mut used);
+                return used;
             }
-            // If there is no memory at all, this says so as any other vector does.
-            None => Place::Small(vec![T::zeroed(); count]),
-        })
+            if let Some(map) =
+                bytes.checked_next_multiple_of(PAGE_BYTES).and_then(|bytes| MmapMut::map_anon(bytes).ok())
+            {
+                advise(&map);
+                return Self(Place::Large(Map(Some(map)), bytes));
+            }
+        }
+        // If there is no memory at all, this says so as any other vector does.
+        Self(Place::Small(vec![T::zeroed(); count]))
     }
 }
 
@@ -45,13 +115,27 @@ fn advise(map: &MmapMut) {
 #[cfg(not(target_os = "linux"))]
 fn advise(_: &MmapMut) {}
 
+impl Deref for Map {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.0.as_deref().unwrap_or_default()
+    }
+}
+
+impl DerefMut for Map {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        self.0.as_deref_mut().unwrap_or_default()
+    }
+}
+
 impl<T: Pod> Deref for Numbers<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
         match &self.0 {
             Place::Small(numbers) => numbers,
-            Place::Large(map) => cast_slice(map),
+            Place::Large(map, bytes) => cast_slice(&map[..*bytes]),
         }
     }
 }
@@ -60,7 +144,7 @@ impl<T: Pod> DerefMut for Numbers<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         match &mut self.0 {
             Place::Small(numbers) => numbers,
-            Place::Large(map) => cast_slice_mut(map),
+            Place::Large(map, bytes) => cast_slice_mut(&mut map[..*bytes]),
         }
     }
 }
@@ -80,7 +164,7 @@ impl<T: Pod> AsRef<[T]> for Numbers<T> {
 
 impl<T: Pod> Clone for Numbers<T> {
     fn clone(&self) -> Self {
-        let mut copy = Self::zeroed(self.len());
+        let mut copy = Self::unset(self.len());
         copy.copy_from_slice(self);
         copy
     }
@@ -101,6 +185,7 @@ impl<T: Pod> core::fmt::Debug for Numbers<T> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
@@ -117,5 +202,32 @@ mod tests {
             assert_eq!(numbers.last().copied().unwrap_or_default(), count as u64);
             assert_eq!(numbers == earlier, count == 0);
         }
+    }
+
+    #[test]
+    fn what_was_used_before_is_zero_again_and_has_its_own_length() {
+        for count in [LARGE_BYTES, LARGE_BYTES + 1, LARGE_BYTES + PAGE_BYTES / 2] {
+            Numbers::<u8>::unset(LARGE_BYTES + PAGE_BYTES / 2).fill(7);
+            let numbers = Numbers::<u8>::zeroed(count);
+            assert_eq!((numbers.len(), numbers.iter().max()), (count, Some(&0)));
+        }
+    }
+
+    #[test]
+    fn as_much_is_kept_as_may_be_and_what_fits_is_given_out() {
+        let spares = Spares(Mutex::new(Vec::new()));
+        let map = |pages: usize| MmapMut::map_anon(pages * PAGE_BYTES).unwrap();
+        for pages in [100, 8, 9, 20] {
+            spares.keep(map(pages));
+        }
+        let lengths =
+            |spares: &Spares| spares.0.lock().unwrap().iter().map(|map| map.len() / PAGE_BYTES).collect::<Vec<_>>();
+        assert_eq!(lengths(&spares), [8, 9, 20], "137 pages are more than may be kept: the oldest goes");
+        assert!(spares.take(21 * PAGE_BYTES).is_none() && spares.take(10 * PAGE_BYTES).is_none());
+        assert_eq!(spares.take(8 * PAGE_BYTES + 1).map(|map| map.len()), Some(9 * PAGE_BYTES));
+        assert_eq!(spares.take(8 * PAGE_BYTES).map(|map| map.len()), Some(8 * PAGE_BYTES));
+        assert_eq!(lengths(&spares), [20]);
+        spares.keep(map(200));
+        assert!(lengths(&spares).is_empty(), "one that is longer than all that may be kept is not kept");
     }
 }
