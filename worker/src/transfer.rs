@@ -4,7 +4,7 @@
 //! A download is a sealed [`Download`] and then records of the content's own key; it is used only if its hash is the one
 //! that the session named, and never held longer than the session said that it is.
 
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use protocol::ids::{ContentId, Hash};
 use protocol::layout::model_hasher;
 use protocol::limits::{MODEL_BYTES_MAX, RECORD_BYTES_MAX, SCHEMA_BYTES_MAX};
@@ -82,19 +82,16 @@ pub(crate) async fn upload(
     Ok(stream.delivered().await?)
 }
 
-/// One copy, from the payload into the record; sealing happens there.
+/// Sealed on the way from the payload into the record.
 async fn write_record(
     stream: &mut SendStream,
     sealer: &mut Sealer,
     flag: Flag,
     plaintext: &[u8],
 ) -> Result<(), TransferError> {
-    let mut record = BytesMut::with_capacity(RECORD_HEADER_BYTES + plaintext.len() + RECORD_TAG_BYTES);
-    record.put_bytes(0, RECORD_HEADER_BYTES);
-    record.put_slice(plaintext);
-    record.put_bytes(0, RECORD_TAG_BYTES);
-    sealer.seal_in_place(flag, &mut record)?;
-    Ok(stream.write_record(record.freeze()).await?)
+    let mut record = Vec::with_capacity(RECORD_HEADER_BYTES + plaintext.len() + RECORD_TAG_BYTES);
+    sealer.seal(flag, plaintext, &mut record)?;
+    Ok(stream.write_record(record.into()).await?)
 }
 
 /// Reads which content a download stream carries.
@@ -147,19 +144,19 @@ pub(crate) async fn download(
     let mut opener = BroadcastOpener::new(content.id, &content.key);
     let mut hasher = kind.hasher();
     // The announcement is the coordinator's word inside the session, and bounded above; a large page is there once it is written.
-    let mut bytes = Numbers::<u8>::zeroed(usize::try_from(content.bytes).unwrap_or(0));
+    let mut bytes = Numbers::<u8>::unset(usize::try_from(content.bytes).unwrap_or(0));
     let mut got = 0;
     let mut record = BytesMut::new();
     while !opener.is_finished() {
         if !stream.read_record(&mut record).await? {
             return Err(TransferError::Cut);
         }
-        let (header, body) = record.split_first_chunk_mut().ok_or(TransferError::Cut)?;
-        let opened = opener.open_in_place(header, body)?;
-        let place = bytes.get_mut(got..got + opened.plaintext.len());
-        place.ok_or(TransferError::TooLong { expected: content.bytes })?.copy_from_slice(opened.plaintext);
-        got += opened.plaintext.len();
-        hasher.update(opened.plaintext);
+        let (header, body) = record.split_first_chunk().ok_or(TransferError::Cut)?;
+        let end = got + body.len().saturating_sub(RECORD_TAG_BYTES);
+        let place = bytes.get_mut(got..end).ok_or(TransferError::TooLong { expected: content.bytes })?;
+        opener.open_into(header, body, place)?;
+        hasher.update(place);
+        got = end;
     }
     stream.close();
     check(content, got as u64, hasher.finalize().into())?;

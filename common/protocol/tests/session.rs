@@ -298,9 +298,37 @@ fn content_key() -> ContentKey {
     ContentKey([0x0c; 32])
 }
 
+/// Where it stands; [`open_into_place`] does the same to another place.
 fn open_broadcast(opener: &mut BroadcastOpener, record: &[u8]) -> Result<Vec<u8>, RecordError> {
     let (header, body) = record.split_first_chunk().unwrap();
     opener.open_in_place(header, &mut body.to_vec()).map(|opened| opened.plaintext.to_vec())
+}
+
+fn open_into_place(opener: &mut BroadcastOpener, record: &[u8]) -> Result<Vec<u8>, RecordError> {
+    let (header, body) = record.split_first_chunk().unwrap();
+    let mut plaintext = vec![0; body.len().saturating_sub(16)];
+    opener.open_into(header, body, &mut plaintext)?;
+    Ok(plaintext)
+}
+
+#[test]
+fn a_content_that_is_opened_into_its_place_is_the_same_and_refused_for_the_same_reasons() {
+    let records = seal_content(CONTENT, &content_key(), &[7; RECORD_BYTES_MAX + 9]).unwrap();
+    let (mut tampered, mut short, foreign) = (records[1].clone(), records[1].clone(), ContentId([9; 16]));
+    tampered[BROADCAST_HEADER_BYTES] ^= 1;
+    short.pop();
+    let cases = [vec![&records[0], &records[1]], vec![&records[1]], vec![&records[0], &tampered], vec![&short]];
+    for id in [CONTENT, foreign] {
+        for case in &cases {
+            let mut openers = [(); 2].map(|()| BroadcastOpener::new(id, &content_key()));
+            for record in case {
+                let [here, there] = &mut openers;
+                assert_eq!(open_into_place(there, record), open_broadcast(here, record));
+            }
+            let [here, there] = openers;
+            assert_eq!(there.finish(), here.finish());
+        }
+    }
 }
 
 #[test]

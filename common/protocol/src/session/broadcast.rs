@@ -68,9 +68,9 @@ impl BroadcastSealer {
         self.0.seal(flag, record)
     }
 
-    /// Seals a copy of `plaintext` as the next record and appends it to `out`.
+    /// Seals `plaintext` as the next record, which is appended to `out`.
     pub fn seal(&mut self, flag: Flag, plaintext: &[u8], out: &mut Vec<u8>) -> Result<(), RecordError> {
-        self.0.seal_copy(flag, plaintext, out)
+        self.0.seal_into(flag, plaintext, out)
     }
 }
 
@@ -91,6 +91,20 @@ impl BroadcastOpener {
         body: &'b mut [u8],
     ) -> Result<Opened<'b>, RecordError> {
         self.0.open(header, body)
+    }
+
+    /// Opens the next record into `plaintext`, which is as long as the body but for its [`RECORD_TAG_BYTES`], and says what
+    /// ends with it. After an error nothing of this record is there.
+    ///
+    /// # Panics
+    /// If `plaintext` has another length.
+    pub fn open_into(
+        &mut self,
+        header: &[u8; BROADCAST_HEADER_BYTES],
+        body: &[u8],
+        plaintext: &mut [u8],
+    ) -> Result<Flag, RecordError> {
+        self.0.open_into(header, body, plaintext)
     }
 
     /// Whether the content's last record was opened.
@@ -162,7 +176,7 @@ impl ContentPart<'_> {
         let (mut chunks, count) = (content.chunks(RECORD_BYTES_MAX), records.len());
         for (place, record) in (1..).zip(&mut records) {
             let flag = if is_last && place == count { Flag::Final } else { Flag::Plain };
-            chain.seal_copy(flag, chunks.next().unwrap_or_default(), record)?;
+            chain.seal_into(flag, chunks.next().unwrap_or_default(), record)?;
         }
         Ok(records)
     }

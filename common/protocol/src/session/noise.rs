@@ -300,7 +300,7 @@ impl Symmetric {
         if let Cipher::Keyed { key, nonce } = &mut self.cipher {
             let (ciphertext, tag) = sealed.split_last_chunk().ok_or(HandshakeError::BadTag)?;
             text.truncate(ciphertext.len());
-            key.open(aead::nonce(*nonce), &self.hash, &mut text, tag).map_err(|_| HandshakeError::BadTag)?;
+            key.open(aead::nonce(*nonce), &self.hash, text.as_mut_slice(), tag).map_err(|_| HandshakeError::BadTag)?;
             *nonce += 1;
         }
         self.mix_hash(sealed);

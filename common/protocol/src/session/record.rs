@@ -10,9 +10,11 @@
 //! missing, repeated, moved or foreign shows, and a stream whose last record does not say so was cut
 //! off. After any error an opener refuses everything, and the session is to be closed.
 //!
-//! Sealing and opening happen where the bytes stand; the length is bounded before anything is allocated.
+//! Sealing and opening copy nothing that they do not encrypt on the way; the length is bounded before anything is allocated.
 
 use std::fmt;
+
+use aes_gcm::aead::inout::InOutBuf;
 
 use super::aead::{self, AeadKey, TAG_BYTES};
 use crate::ids::ContentId;
@@ -156,9 +158,9 @@ impl Sealer {
         self.0.seal(flag, record)
     }
 
-    /// Seals a copy of `plaintext` as the next record and appends it to `out`.
+    /// Seals `plaintext` as the next record, which is appended to `out`.
     pub fn seal(&mut self, flag: Flag, plaintext: &[u8], out: &mut Vec<u8>) -> Result<(), RecordError> {
-        self.0.seal_copy(flag, plaintext, out)
+        self.0.seal_into(flag, plaintext, out)
     }
 
     /// Seals a control message into as many records as it needs and appends them to `out`.
@@ -301,7 +303,24 @@ impl Chain {
         self
     }
 
+    /// Seals a record whose plaintext stands where its ciphertext will.
     pub(super) fn seal(&mut self, flag: Flag, record: &mut [u8]) -> Result<(), RecordError> {
+        self.seal_from(None, flag, record)
+    }
+
+    /// Seals `plaintext` into a record that is appended to `out`.
+    pub(super) fn seal_into(&mut self, flag: Flag, plaintext: &[u8], out: &mut Vec<u8>) -> Result<(), RecordError> {
+        let start = out.len();
+        let header_bytes = RECORD_HEADER_BYTES + self.content_id.map_or(0, |id| id.as_bytes().len());
+        out.resize(start + header_bytes + plaintext.len() + TAG_BYTES, 0);
+        let sealed = self.seal_from(Some(plaintext), flag, &mut out[start..]);
+        if sealed.is_err() {
+            out.truncate(start);
+        }
+        sealed
+    }
+
+    fn seal_from(&mut self, plaintext: Option<&[u8]>, flag: Flag, record: &mut [u8]) -> Result<(), RecordError> {
         let content_id = self.content_id.as_ref().map_or(&[][..], |id| id.as_bytes());
         let header_bytes = RECORD_HEADER_BYTES + content_id.len();
         let length = record.len().checked_sub(header_bytes + TAG_BYTES);
@@ -316,35 +335,40 @@ impl Chain {
         head[..RECORD_HEADER_BYTES].copy_from_slice(&header.encode());
         head[RECORD_HEADER_BYTES..].copy_from_slice(content_id);
         let (text, tag) = rest.split_at_mut(length as usize);
+        let text = match plaintext {
+            None => text.into(),
+            Some(plaintext) => InOutBuf::new(plaintext, text).expect("a record has room for its plaintext"),
+        };
         tag.copy_from_slice(&key.seal(aead::nonce(*next), head, text));
         self.state.advance(flag);
         Ok(())
     }
 
-    pub(super) fn seal_copy(&mut self, flag: Flag, plaintext: &[u8], out: &mut Vec<u8>) -> Result<(), RecordError> {
-        let start = out.len();
-        let header_bytes = RECORD_HEADER_BYTES + self.content_id.map_or(0, |id| id.as_bytes().len());
-        out.reserve(header_bytes + plaintext.len() + TAG_BYTES);
-        out.resize(start + header_bytes, 0);
-        out.extend_from_slice(plaintext);
-        out.resize(out.len() + TAG_BYTES, 0);
-        let sealed = self.seal(flag, &mut out[start..]);
-        if sealed.is_err() {
-            out.truncate(start);
-        }
-        sealed
-    }
-
-    pub(super) fn open<'b>(&mut self, header: &[u8], body: &'b mut [u8]) -> Result<Opened<'b>, RecordError> {
-        let opened = self.try_open(header, body);
-        match &opened {
-            Ok(record) => self.state.advance(record.flag),
-            Err(_) => self.state = State::Failed,
-        }
+    /// Opens a record where it stands.
+    pub(super) fn open<'b>(&mut self, head: &[u8], body: &'b mut [u8]) -> Result<Opened<'b>, RecordError> {
+        let opened = self.expect(head, body.len()).and_then(|record| {
+            let (text, tag) = body.split_last_chunk_mut().expect("a body of its length has a tag");
+            record.open(head, &mut *text, tag)?;
+            Ok(Opened { flag: record.header.flag, plaintext: text })
+        });
+        self.state.follow(opened.as_ref().ok().map(|opened| opened.flag));
         opened
     }
 
-    fn try_open<'b>(&mut self, head: &[u8], body: &'b mut [u8]) -> Result<Opened<'b>, RecordError> {
+    /// Opens a record into `plaintext`, which is as long as the body but for the tag.
+    pub(super) fn open_into(&mut self, head: &[u8], body: &[u8], plaintext: &mut [u8]) -> Result<Flag, RecordError> {
+        let opened = self.expect(head, body.len()).and_then(|record| {
+            let (text, tag) = body.split_last_chunk().expect("a body of its length has a tag");
+            let text = InOutBuf::new(text, plaintext).expect("there is as much room as text");
+            record.open(head, text, tag)?;
+            Ok(record.header.flag)
+        });
+        self.state.follow(opened.ok());
+        opened
+    }
+
+    /// The next record, if this is its header and its body is as long as that says.
+    fn expect(&mut self, head: &[u8], body: usize) -> Result<Expected<'_>, RecordError> {
         let (key, next) = self.state.live()?;
         let (fixed, content_id) = head.split_first_chunk().expect("openers take whole headers");
         let header = RecordHeader::parse(fixed)?;
@@ -357,13 +381,10 @@ impl Chain {
         if header.sequence != *next {
             return Err(RecordError::OutOfOrder { got: header.sequence, expected: *next });
         }
-        let (got, expected) = (body.len(), header.body_bytes());
-        let (text, tag) = match body.split_last_chunk_mut() {
-            Some((text, tag)) if got == expected => (text, tag),
-            _ => return Err(RecordError::BodyLength { got, expected }),
-        };
-        key.open(aead::nonce(*next), head, text, tag).map_err(|_| RecordError::BadTag { sequence: header.sequence })?;
-        Ok(Opened { flag: header.flag, plaintext: text })
+        if body != header.body_bytes() {
+            return Err(RecordError::BodyLength { got: body, expected: header.body_bytes() });
+        }
+        Ok(Expected { key, header })
     }
 
     pub(super) fn finish(&self) -> Result<(), RecordError> {
@@ -375,12 +396,38 @@ impl Chain {
     }
 }
 
+/// A record that is the next one, as far as its header says.
+struct Expected<'k> {
+    key: &'k AeadKey,
+    header: RecordHeader,
+}
+
+impl Expected<'_> {
+    fn open<'i, 'o>(
+        &self,
+        head: &[u8],
+        text: impl Into<InOutBuf<'i, 'o, u8>>,
+        tag: &[u8; TAG_BYTES],
+    ) -> Result<(), RecordError> {
+        let sequence = self.header.sequence;
+        self.key.open(aead::nonce(sequence), head, text, tag).map_err(|_| RecordError::BadTag { sequence })
+    }
+}
+
 impl State {
     fn live(&mut self) -> Result<(&AeadKey, &mut u64), RecordError> {
         match self {
             Self::Live { key, next } => Ok((key, next)),
             Self::Finished => Err(RecordError::AfterFinal),
             Self::Failed => Err(RecordError::Failed),
+        }
+    }
+
+    /// After a record was opened, or was not.
+    fn follow(&mut self, opened: Option<Flag>) {
+        match opened {
+            Some(flag) => self.advance(flag),
+            None => *self = Self::Failed,
         }
     }
 
@@ -501,10 +548,10 @@ mod tests {
     fn a_stream_ends_at_its_record_limit_and_never_wraps() {
         let (mut sealer, mut opener) = (worn(STREAM_RECORDS_MAX - 1), worn(STREAM_RECORDS_MAX - 1));
         let mut record = Vec::new();
-        sealer.seal_copy(Flag::Plain, b"last", &mut record).unwrap();
+        sealer.seal_into(Flag::Plain, b"last", &mut record).unwrap();
         let (header, body) = record.split_at_mut(RECORD_HEADER_BYTES);
         assert_eq!(opener.open(header, body).unwrap().plaintext, b"last");
-        assert_eq!(sealer.seal_copy(Flag::Final, b"", &mut record), Err(RecordError::Exhausted));
+        assert_eq!(sealer.seal_into(Flag::Final, b"", &mut record), Err(RecordError::Exhausted));
         record[8..16].copy_from_slice(&STREAM_RECORDS_MAX.to_le_bytes());
         let (header, body) = record.split_at_mut(RECORD_HEADER_BYTES);
         assert_eq!(opener.open(header, body), Err(RecordError::Exhausted));

@@ -87,7 +87,7 @@ fn check_ik(vector: &Vector) {
 /// A Noise transport message: what the split secrets seal in other implementations.
 fn transport(secret: &Secret, count: u64, plaintext: &[u8]) -> Vec<u8> {
     let mut text = plaintext.to_vec();
-    let tag = AeadKey::new(secret.bytes()).seal(aead::nonce(count), &[], &mut text);
+    let tag = AeadKey::new(secret.bytes()).seal(aead::nonce(count), &[], text.as_mut_slice());
     text.extend_from_slice(&tag);
     text
 }
