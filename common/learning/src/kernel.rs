@@ -73,7 +73,7 @@ pub(crate) struct Panels {
 
 /// A product's factors: the numbers of some rows of the one side, in panels side by side, and as many lines of the other side.
 pub(crate) struct Factors<'a> {
-    pub(crate) numbers: Vec<&'a Panels>,
+    pub(crate) numbers: &'a [&'a Panels],
     pub(crate) lines: &'a Panels,
 }
 
@@ -234,58 +234,69 @@ pub(crate) fn multiply(
     if height == 0 || width == 0 {
         return;
     }
-    let blocks: Vec<_> = factors.iter().flat_map(|factors| factors.blocks(&rows)).collect();
-    let lines = |nth: usize| blocks.get(nth / width).map_or(&[][..], |block| block.lines(nth % width));
-    for (nth, block) in blocks.iter().enumerate() {
-        let tiles = height.div_ceil(tile_rows_max(Arch::new())) * block.numbers.len();
+    let strips = strips(factors, &rows);
+    let mut blocks = strips.chunk_by(|strip, next| strip.block == next.block).peekable();
+    let mut first = true;
+    while let Some(block) = blocks.next() {
+        let tiles = height.div_ceil(tile_rows_max(Arch::new())) * block.len();
         for (at, columns) in panels(columns).enumerate() {
-            let next = if height < MANY_ROWS { &[] } else { lines(nth * width + at + 1) };
+            let next = match blocks.peek() {
+                _ if height < MANY_ROWS => &[],
+                _ if at + 1 < width => lines(block, at + 1),
+                next => next.map_or(&[][..], |next| lines(next, 0)),
+            };
             let product = &mut Product {
-                numbers: &block.numbers,
-                lines: block.lines(at),
+                numbers: block,
+                lines: lines(block, at),
                 next,
                 ahead: next.len().div_ceil(tiles),
                 new: at == 0 && height >= MANY_ROWS,
-                first: nth == 0,
-                then: if nth + 1 == blocks.len() { then } else { Then::Store },
+                first,
+                then: if blocks.peek().is_none() { then } else { Then::Store },
                 to: &mut to.lines_mut(panel + at)[..height],
             };
             make(height, width_of(columns), product);
         }
+        first = false;
     }
 }
 
-/// Some panels of a product's numbers, and the rows of its lines that they meet.
-struct Block<'a> {
-    /// The lines of each panel, and how many columns it has.
-    numbers: Vec<(&'a [Line], usize)>,
+/// A panel of a product's numbers, and the rows of its lines that they meet.
+struct Strip<'a> {
+    numbers: &'a [Line],
     lines: &'a Panels,
     rows: Range<usize>,
+    /// Which block it belongs to.
+    block: usize,
 }
 
-impl Block<'_> {
-    fn lines(&self, panel: usize) -> &[Line] {
-        &self.lines.lines(panel)[self.rows.clone()]
-    }
-}
-
-impl<'a> Factors<'a> {
-    /// What is multiplied by all `rows` before the next block, all of as even a size as can be.
-    fn blocks(&self, rows: &Range<usize>) -> Vec<Block<'a>> {
-        let mut all = Vec::new();
-        for side in &self.numbers {
-            all.extend(
-                panels(side.columns).enumerate().map(|(nth, columns)| (&side.lines(nth)[rows.clone()], columns)),
-            );
+/// What is multiplied, in blocks: each by all `rows` before the next one, those of the same factors of as even a size as can be.
+fn strips<'a>(factors: &[Factors<'a>], rows: &Range<usize>) -> Vec<Strip<'a>> {
+    let count = |factors: &Factors<'_>| factors.numbers.iter().map(|side| side.columns.div_ceil(PANEL)).sum::<usize>();
+    let mut strips = Vec::with_capacity(factors.iter().map(count).sum());
+    let mut blocks = 0;
+    for factors in factors {
+        let all = count(factors);
+        let own = if rows.len() < MANY_ROWS { 1 } else { all.div_ceil(BLOCK_PANELS_MAX).max(1) };
+        let (size, mut end) = (all.div_ceil(own).max(1), 0);
+        let sides = factors.numbers.iter();
+        let numbers =
+            sides.flat_map(|side| panels(side.columns).enumerate().map(|(nth, columns)| (side.lines(nth), columns)));
+        for (nth, (numbers, columns)) in numbers.enumerate() {
+            let (numbers, block) = (&numbers[rows.clone()], blocks + nth / size);
+            strips.push(Strip { numbers, lines: factors.lines, rows: end..end + columns, block });
+            end += columns;
         }
-        let blocks = if rows.len() < MANY_ROWS { 1 } else { all.len().div_ceil(BLOCK_PANELS_MAX).max(1) };
-        let mut end = 0;
-        let block = |numbers: &[(&'a [Line], usize)]| {
-            let from = end;
-            end += numbers.iter().map(|(_, columns)| columns).sum::<usize>();
-            Block { numbers: numbers.to_vec(), lines: self.lines, rows: from..end }
-        };
-        all.chunks(all.len().div_ceil(blocks).max(1)).map(block).collect()
+        blocks += own;
+    }
+    strips
+}
+
+/// The lines of a block in a panel.
+fn lines<'a>(block: &[Strip<'a>], panel: usize) -> &'a [Line] {
+    match (block.first(), block.last()) {
+        (Some(first), Some(last)) => &first.lines.lines(panel)[first.rows.start..last.rows.end],
+        _ => &[],
     }
 }
 
@@ -306,6 +317,7 @@ pub(crate) fn follow(
 ) {
     let parts: Vec<_> = deltas.iter().filter(|part| !part.rows.is_empty()).collect();
     let gathers = matches!(rule, Rule::Gather { .. });
+    let mut deltas = Vec::with_capacity(parts.len());
     for (panel, columns) in panels(weights.columns).enumerate() {
         let mut velocity = if gathers { velocity.lines_mut(panel) } else { &mut [] };
         let (mut weights, width) = (weights.lines_mut(panel), width_of(columns));
@@ -316,7 +328,8 @@ pub(crate) fn follow(
             make(rows.len(), width, &mut BriefStep { inputs, first_row, deltas, weights, velocity, rule });
             continue;
         }
-        let deltas: Vec<_> = parts.iter().map(|part| (part.rows.clone(), part.deltas.lines(panel))).collect();
+        deltas.clear();
+        deltas.extend(parts.iter().map(|part| (part.rows.clone(), part.deltas.lines(panel))));
         for side in inputs {
             for (nth, rows) in panels(side.columns).enumerate() {
                 let (inputs, deltas) = (side.lines(nth), &deltas);
@@ -454,7 +467,7 @@ pub fn fused_multiply_adds(turns: u64) -> (u64, f32) {
 }
 
 struct Product<'a> {
-    numbers: &'a [(&'a [Line], usize)],
+    numbers: &'a [Strip<'a>],
     lines: &'a [Line],
     /// Lines that are wanted after these, and how many of them are asked for with each panel.
     next: &'a [Line],
@@ -479,14 +492,14 @@ impl Tile for Product<'_> {
             });
         }
         let mut lines = self.lines;
-        for (numbers, columns) in self.numbers {
+        for Strip { numbers, rows, .. } in self.numbers {
             if self.new
                 && let Some(soon) = numbers[at + ROWS..].first_chunk::<ROWS>()
             {
                 prefetch(soon);
             }
             let numbers: &[Line; ROWS] = numbers[at..].first_chunk().expect(TILES_FIT);
-            let (own, behind) = lines.split_at(*columns);
+            let (own, behind) = lines.split_at(rows.len());
             lines = behind;
             let (soon, later) = self.next.split_at(self.ahead.min(self.next.len()));
             self.next = later;

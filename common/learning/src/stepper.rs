@@ -11,6 +11,7 @@
 
 use std::ops::{Deref, Range};
 use std::panic::resume_unwind;
+use std::slice::from_ref;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
@@ -199,7 +200,7 @@ impl Stepper {
     fn forward(&self, nth: usize, at: usize, rows: usize) {
         let own = &self.shares[nth].layers[at];
         let (inputs, weights) = (self.inputs(at), read(&own.weights));
-        let factors = [Factors { numbers: panels(&inputs), lines: &weights.weights }];
+        let factors = [Factors { numbers: &panels(&inputs), lines: &weights.weights }];
         let mut outputs = write(&self.shares[nth].layers[at + 1].inputs);
         multiply(&factors, 0..rows, own.columns.len(), Then::Relu, &mut outputs, 0);
         if nth + 1 == self.shares.len() {
@@ -212,8 +213,9 @@ impl Stepper {
         let last = self.layers.len() - 1;
         let (inputs, mut outputs) = (self.inputs(last), write(&self.shares[nth].outputs));
         let weights: Vec<_> = self.shares.iter().map(|share| read(&share.layers[last].weights)).collect();
+        let inputs = panels(&inputs);
         let factors = inputs.iter().zip(&weights);
-        let factors = factors.map(|(inputs, weights)| Factors { numbers: vec![&**inputs], lines: &weights.weights });
+        let factors = factors.map(|(inputs, weights)| Factors { numbers: from_ref(inputs), lines: &weights.weights });
         let (rows, columns) = (share(rows, nth, self.shares.len()), self.layers[last].outputs);
         multiply(&factors.collect::<Vec<_>>(), rows, columns, Then::Store, &mut outputs.values, 0);
     }
@@ -251,15 +253,16 @@ impl Stepper {
             let weights = read(&self.shares[nth].layers[at + 1].weights);
             for (part, above) in self.shares.iter().enumerate() {
                 let (rows, above) = (share(rows, part, self.shares.len()), read(&above.outputs));
-                let factors = [Factors { numbers: vec![&weights.weights], lines: &above.deltas.by_columns }];
+                let factors = [Factors { numbers: &[&weights.weights], lines: &above.deltas.by_columns }];
                 multiply(&factors, 0..columns.len(), rows.len(), Then::Store, by_columns, rows.start / PANEL);
             }
         } else {
             let above = self.shares.iter().map(|share| &share.layers[at + 1]);
             let above: Vec<_> = above.map(|layer| (read(&layer.weights), read(&layer.deltas))).collect();
-            let factors = above
-                .iter()
-                .map(|(weights, deltas)| Factors { numbers: vec![&weights.weights], lines: &deltas.by_columns });
+            let weights: Vec<_> = above.iter().map(|(weights, _)| &weights.weights).collect();
+            let factors = weights.iter().zip(&above);
+            let factors =
+                factors.map(|(weights, (_, deltas))| Factors { numbers: from_ref(weights), lines: &deltas.by_columns });
             multiply(&factors.collect::<Vec<_>>(), columns.clone(), rows, Then::Store, by_columns, 0);
         }
         let values = read(&self.shares[nth].layers[at + 1].inputs);
