@@ -111,7 +111,15 @@ impl Default for Aligned {
 
 impl Aligned {
     fn new(len: usize) -> Self {
-        let floats = Numbers::<f32>::zeroed(len + LINE - 1);
+        Self::of(Numbers::zeroed(len + LINE - 1))
+    }
+
+    /// For whoever writes all of it.
+    fn unset(len: usize) -> Self {
+        Self::of(Numbers::unset(len + LINE - 1))
+    }
+
+    fn of(floats: Numbers<f32>) -> Self {
         let from = floats.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE - 1);
         Self { floats, from }
     }
@@ -128,6 +136,16 @@ impl Aligned {
 impl Panels {
     pub(crate) fn new(rows: usize, columns: usize) -> Self {
         Self { floats: Aligned::new(rows * columns.next_multiple_of(PANEL)), rows, columns }
+    }
+
+    /// For [`Panels::load`], which has to follow: zero where that writes nothing.
+    pub(crate) fn to_load(rows: usize, columns: usize) -> Self {
+        let floats = Aligned::unset(rows * columns.next_multiple_of(PANEL));
+        let mut panels = Self { floats, rows, columns };
+        if !columns.is_multiple_of(PANEL) {
+            panels.lines_mut(columns / PANEL).as_flattened_mut().fill(0.0);
+        }
+        panels
     }
 
     /// With room for whole blocks of rows, as they are turned.

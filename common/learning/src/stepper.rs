@@ -156,9 +156,9 @@ impl Stepper {
         self.in_layout_order(|layer| &layer.velocity)
     }
 
-    /// Each thread gives what it has in its core's cache; of the last layer, where that is not in one piece, the caller's.
+    /// Each thread gives what it has in its core's cache, and all is given; of the last layer, where that is not in one piece, the caller's.
     fn in_layout_order(&self, of: impl Fn(&Weights) -> &Panels + Sync) -> Option<Numbers<f32>> {
-        let mut all = Numbers::zeroed(self.layers.iter().map(|layer| layer.weights()).sum());
+        let mut all = Numbers::unset(self.layers.iter().map(|layer| layer.weights()).sum());
         let (last, hidden) = self.layers.split_last()?;
         let mut rest = &mut all[..];
         let mut places: Vec<_> = self.shares.iter().map(|_| Vec::new()).collect();
@@ -452,11 +452,11 @@ impl LayerShare {
 
 impl Weights {
     fn new(layer: Layer, weights: &[f32], rows: Range<usize>, columns: Range<usize>, gather: bool) -> Self {
-        let panels = || Panels::new(rows.len(), columns.len());
-        let (from, mut own) = ((rows.start, columns.start), panels());
+        let (from, mut own) = ((rows.start, columns.start), Panels::to_load(rows.len(), columns.len()));
         let (bias, of_inputs) = weights.split_at(layer.outputs);
         own.load(from, layer.inputs, bias, of_inputs);
-        Self { from, weights: own, velocity: if gather { panels() } else { Panels::default() } }
+        let velocity = if gather { Panels::new(rows.len(), columns.len()) } else { Panels::default() };
+        Self { from, weights: own, velocity }
     }
 }
 

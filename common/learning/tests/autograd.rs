@@ -6,6 +6,7 @@ use std::ops::ControlFlow;
 
 use protocol::draw::Draw;
 use protocol::layout::to_bytes;
+use protocol::pages::Numbers;
 use protocol::plan::{BatchSize, ModelSpec, TrainSpec};
 use tributary_learning::{ColumnSchema, Encoding, Gradient, Network, Rows, Schema, Target, TaskKey};
 
@@ -165,4 +166,18 @@ fn the_bits_do_not_depend_on_the_number_of_threads() {
             assert!(on(threads) == one, "{threads} threads, batches of {batch}, momentum {momentum}");
         }
     }
+}
+
+#[test]
+fn what_memory_held_before_is_in_no_bit_of_what_is_trained() {
+    // Rows and columns that fill no panel, in runs that are long enough to be kept for the next.
+    let case = Case::new(&[1001, 4510, 3], 8);
+    let spec = TrainSpec { batch_size: BatchSize::Rows(4), ..TrainSpec::default() };
+    let train = || case.network.train(&case.weights, &case.rows, &spec, KEY, &mut go_on).unwrap();
+    let expected: Vec<u32> = train().weights.iter().map(|weight| weight.to_bits()).collect();
+    for length in [1 << 20, 9 << 18, 18 << 18] {
+        let mut held: Vec<_> = (0..4).map(|_| Numbers::<f32>::unset(length)).collect();
+        held.iter_mut().for_each(|numbers| numbers.fill(f32::NAN));
+    }
+    assert!(train().weights.iter().map(|weight| weight.to_bits()).eq(expected));
 }
