@@ -252,6 +252,10 @@ fn training_that_diverges_says_so_and_training_that_is_stopped_ends() {
     let wild = TrainSpec { learning_rate: 1e6, ..TrainSpec::default() };
     let start = network.initial(7);
     assert!(matches!(network.train(&start, rows, &wild, key, &mut go_on), Err(Stopped::NotFinite { .. })));
+    // Only the weights tell of a last step that went wrong: its loss was taken before.
+    let wildest = TrainSpec { learning_rate: f64::MAX, batch_size: BatchSize::Full, local_epochs: 1, ..wild };
+    let stopped = network.train(&start, rows, &wildest, key, &mut go_on);
+    assert_eq!(stopped, Err(Stopped::NotFinite { steps: 0 }));
     let mut seen = 0;
     let stop = network.train(&start, rows, &TrainSpec::default(), key, &mut |passes| {
         seen = passes;
