@@ -268,7 +268,6 @@ pub(crate) fn multiply(
                 lines: lines(block, at),
                 next,
                 ahead: next.len().div_ceil(tiles),
-                new: at == 0 && height >= MANY_ROWS,
                 first,
                 then: if blocks.peek().is_none() { then } else { Then::Store },
                 to: &mut to.lines_mut(panel + at)[..height],
@@ -490,8 +489,6 @@ struct Product<'a> {
     /// Lines that are wanted after these, and how many of them are asked for with each panel.
     next: &'a [Line],
     ahead: usize,
-    /// Whether the numbers were not asked for yet.
-    new: bool,
     /// Whether nothing was summed up before.
     first: bool,
     then: Then,
@@ -509,13 +506,11 @@ impl Tile for Product<'_> {
                 sums[r] = *vectors::<S, VECTORS>(&to[r]);
             });
         }
+        let asked = asked(ROWS);
         let mut lines = self.lines;
         for Strip { numbers, rows, .. } in self.numbers {
-            if self.new
-                && let Some(soon) = numbers[at + ROWS..].first_chunk::<ROWS>()
-            {
-                prefetch(soon);
-            }
+            // Behind the last row is another panel, or nothing: asking for it does no harm.
+            let below = numbers[at..].as_ptr().wrapping_add(ROWS).cast::<[f32; LINE]>();
             let numbers: &[Line; ROWS] = numbers[at..].first_chunk().expect(TILES_FIT);
             let (own, behind) = lines.split_at(rows.len());
             lines = behind;
@@ -524,6 +519,9 @@ impl Tile for Product<'_> {
             prefetch(soon);
             let (groups, rest) = own.as_chunks::<UNROLLED>();
             for (group, lines) in (0..PANEL / UNROLLED).zip(groups) {
+                unroll!(nth in asked {
+                    ask_for(below.wrapping_add(asked * group + nth));
+                });
                 unroll!(k in UNROLLED {
                     let line = vectors::<S, VECTORS>(&lines[k]);
                     unroll!(r in ROWS {
@@ -582,8 +580,26 @@ fn prefetch(lines: &[Line]) {
     }
 }
 
+/// Asks for a cache line, if there is one.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn ask_for(line: *const [f32; LINE]) {
+    if let Some(sse) = Sse::try_new() {
+        sse._mm_prefetch::<_MM_HINT_T0>(line.cast());
+    }
+}
+
 #[cfg(not(target_arch = "x86_64"))]
 fn prefetch(_: &[Line]) {}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn ask_for(_: *const [f32; LINE]) {}
+
+/// Cache lines that are asked for with each group of lines, so that what the next tile takes of a panel is there when it begins; all
+/// at once would keep others waiting. A tile of fewer rows is mostly all that there is.
+const fn asked(rows: usize) -> usize {
+    if rows > 10 { (PANEL / LINE * rows * UNROLLED).div_ceil(PANEL) } else { 0 }
+}
 
 struct Step<'a> {
     inputs: &'a [Line],
