@@ -277,7 +277,10 @@ struct Attempt {
 
 impl Attempt {
     async fn run(self, wait: Duration) -> Result<quinn::Connection, (SocketAddr, ConnectFailure)> {
-        tokio::time::sleep(wait).await;
+        // A sleep of no time ends with the timer's next millisecond, or the one after it.
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
+        }
         let address = self.address;
         self.connect().await.map_err(|failure| (address, failure))
     }
