@@ -6,7 +6,7 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -17,6 +17,7 @@ use coordinator::state::StateDir;
 use protocol::ids::Instance;
 use protocol::invitation::Invitation;
 use protocol::messages::{EnrolAnswer, EnrolRequest, FromWorker, Role, ToWorker};
+use protocol::session::Acquaintance;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use transport::{Alpn, Client, ClientOptions, CloseCode, Connected, Frame, Target, Trust};
@@ -34,6 +35,8 @@ pub(crate) struct Enrolled {
     pub(crate) invitation: Invitation,
     pub(crate) ca: CertificateDer<'static>,
     pub(crate) papers: Arc<Vec<Papers>>,
+    /// What each agreed on with the coordinator when it first came: a worker keeps it for as long as it lives.
+    met: Arc<Vec<OnceLock<Acquaintance>>>,
 }
 
 impl Enrolled {
@@ -47,7 +50,17 @@ impl Enrolled {
         let now_unix_s = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
         let papers = (0..count).map(|number| papers(&mut registrar, &invitation, number, now_unix_s));
         let papers = Arc::new(papers.collect::<Result<Vec<_>>>()?);
-        Ok(Self { invitation, ca: registrar.authority().certificate().clone(), papers })
+        let met = Arc::new(papers.iter().map(|_| OnceLock::new()).collect());
+        Ok(Self { invitation, ca: registrar.authority().certificate().clone(), papers, met })
+    }
+
+    fn coordinator(&self, number: usize, session: &SessionKey) -> Result<&Acquaintance> {
+        let met = self.met.get(number).context("nobody of that number is enrolled")?;
+        if let Some(met) = met.get() {
+            return Ok(met);
+        }
+        let first = Acquaintance::new(session.session_key(), &self.invitation.coordinator_x25519)?;
+        Ok(met.get_or_init(|| first))
     }
 
     /// The coordinator, as an enrolled worker knows it.
@@ -156,7 +169,8 @@ async fn join(client: &Client, enrolled: &Enrolled, number: usize) -> Result<Tal
     let Connected { connection, exporter, .. } = client.connect(&enrolled.target(papers)?).await?;
     let (send, receive) = connection.open_control().await?;
     let mut call = Call { connection, exporter, send, receive };
-    let (message, initiator) = call.begin(&enrolled.invitation, &hello(Role::Worker), &papers.session, &[]).await;
+    let coordinator = enrolled.coordinator(number, &papers.session)?;
+    let (message, initiator) = call.begin_again(coordinator, &hello(Role::Worker), &papers.session, &[]).await;
     call.frame(Frame::Handshake(message.into())).await;
     let mut talk = call.talk(initiator).await;
     talk.say(&FromWorker::Join { instance: Instance(u64::from_le_bytes(random())) }).await;

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::{DecodePrivateKey as _, EncodePrivateKey as _};
+use protocol::session::{StaticKey, StaticSecret};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
-use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
 use crate::identity::worker_id;
@@ -94,22 +94,22 @@ impl fmt::Debug for IdentityKey {
 
 /// An X25519 key pair: the static key of the sealed session.
 #[derive(Clone)]
-pub struct SessionKey(StaticSecret);
+pub struct SessionKey(StaticKey);
 
 impl SessionKey {
     /// A fresh key from the operating system's entropy.
     pub fn generate() -> Result<Self, KeyError> {
         let bytes = random_bytes()?;
-        Ok(Self(StaticSecret::from(*bytes)))
+        Ok(Self(StaticSecret::from(*bytes).into()))
     }
 
     /// The public half.
     pub fn public(&self) -> [u8; 32] {
-        PublicKey::from(&self.0).to_bytes()
+        *self.0.public()
     }
 
-    /// The secret itself, for key agreement.
-    pub fn secret(&self) -> &StaticSecret {
+    /// The key itself, for the session's handshake.
+    pub fn session_key(&self) -> &StaticKey {
         &self.0
     }
 }
@@ -125,13 +125,13 @@ impl PrivateKey for SessionKey {
             .and_then(|key| <[u8; 32]>::try_from(key).ok())
             .map(Zeroizing::new)
             .ok_or(KeyError::NotPkcs8("X25519"))?;
-        Ok(Self(StaticSecret::from(*bytes)))
+        Ok(Self(StaticSecret::from(*bytes).into()))
     }
 
     fn to_pkcs8(&self) -> Result<Zeroizing<Vec<u8>>, KeyError> {
         let mut der = Zeroizing::new(Vec::with_capacity(X25519_PKCS8_PREFIX.len() + 32));
         der.extend_from_slice(&X25519_PKCS8_PREFIX);
-        der.extend_from_slice(self.0.as_bytes());
+        der.extend_from_slice(self.0.secret().as_bytes());
         Ok(der)
     }
 }

@@ -5,16 +5,17 @@
 //! before the first sealed record. Certificate, session key and registry entry must be one worker's, at every
 //! connection.
 
+use std::collections::BTreeMap;
 use std::future::Future as _;
 use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
-use certs::worker_identity;
+use certs::{WorkerIdentity, worker_identity};
 use protocol::ids::{ConnId, Instance, TaskId, WorkerId};
 use protocol::limits::{HELLO_VERSIONS_MAX, RECORD_BYTES_MAX, SENTENCE_LEN_MAX, SESSION_AGE_MAX};
 use protocol::messages::{
@@ -23,8 +24,8 @@ use protocol::messages::{
 };
 use protocol::session::sign::{MANIFEST_CONTEXT, RECEIPT_CONTEXT, sign, verify};
 use protocol::session::{
-    Flag, HandshakeError, MessageAssembler, Opener, RecordError, Responder, Sealer, Session, StaticSecret, StreamError,
-    prologue,
+    Acquaintance, Established, Flag, HandshakeError, MessageAssembler, Opener, RecordError, Responder, Sealer, Session,
+    StaticSecret, StreamError, prologue,
 };
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -172,6 +173,26 @@ pub struct Door {
     pub count: AtomicU64,
     /// How many uploads wait for room on the disk.
     pub short_of_room: watch::Sender<usize>,
+    /// The workers that were here since the start.
+    pub acquaintances: Acquaintances,
+}
+
+/// What was agreed with workers that were here before: at most one for each that is enrolled.
+#[derive(Debug, Default)]
+pub struct Acquaintances(Mutex<BTreeMap<WorkerId, Arc<Acquaintance>>>);
+
+impl Acquaintances {
+    fn with(&self, id: WorkerId) -> Option<Arc<Acquaintance>> {
+        self.known().get(&id).cloned()
+    }
+
+    fn keep(&self, id: WorkerId, met: &Arc<Acquaintance>) {
+        self.known().insert(id, Arc::clone(met));
+    }
+
+    fn known(&self) -> MutexGuard<'_, BTreeMap<WorkerId, Arc<Acquaintance>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Why a connection came to no session.
@@ -274,9 +295,7 @@ impl Door {
         let (mut send, mut receive) = accepted.connection.accept_control().await?;
         let prologue = read_hello(&mut send, &mut receive, Role::Worker, &accepted.exporter).await?;
         let message = read_handshake(&mut receive).await?;
-        let (responder, _) = Responder::read(&prologue, self.identity.session.secret(), &message)?;
-        let worker = self.entry(WorkerId(certified.id), &certified.public, responder.remote_static())?;
-        let (answer, established) = responder.reply(ephemeral()?, &[])?;
+        let Answered { worker, answer, established } = self.answer(&certified, &prologue, &message)?;
         send.write_frame(&Frame::Handshake(answer.into())).await?;
         let (session, sealer, opener) = Session::begin(established);
         let mut control = ControlReader::new(receive, opener, Arc::clone(self));
@@ -286,6 +305,17 @@ impl Door {
             None => return Err(ReadError::Ended.into()),
         };
         Ok(Greeted { worker, instance, session, send, sealer, control })
+    }
+
+    /// The handshake of a worker with this certificate, and its answer.
+    fn answer(&self, certified: &WorkerIdentity, prologue: &[u8], message: &[u8]) -> Result<Answered, GreetingError> {
+        let id = WorkerId(certified.id);
+        let expected = self.acquaintances.with(id);
+        let (responder, _) = Responder::read(prologue, self.identity.session.session_key(), expected, message)?;
+        let worker = self.entry(id, &certified.public, responder.remote_static())?;
+        self.acquaintances.keep(id, responder.remote());
+        let (answer, established) = responder.reply(ephemeral()?, &[])?;
+        Ok(Answered { worker, answer, established })
     }
 
     /// The registry entry that certificate and session key belong to, both.
@@ -360,7 +390,8 @@ impl Door {
         let (mut send, mut receive) = accepted.connection.accept_control().await?;
         let prologue = read_hello(&mut send, &mut receive, Role::Join, &accepted.exporter).await?;
         let message = read_handshake(&mut receive).await?;
-        let (responder, payload) = Responder::read(&prologue, self.identity.session.secret(), &message)?;
+        let local = self.identity.session.session_key();
+        let (responder, payload) = Responder::read(&prologue, local, None, &message)?;
         let request = decode(&payload).map_err(ReadError::from)?;
         let applicant = Applicant {
             request,
@@ -394,6 +425,13 @@ impl GreetingError {
             Self::Ours(_) => (Failed, (CloseCode::Internal, String::new())),
         }
     }
+}
+
+/// A handshake that was answered.
+struct Answered {
+    worker: Worker,
+    answer: Vec<u8>,
+    established: Established,
 }
 
 /// A worker that has said its first sealed word.

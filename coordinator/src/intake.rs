@@ -667,15 +667,16 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use protocol::layout::to_bytes;
-    use protocol::session::{Initiator, Responder, Sealer, Session, StaticSecret, public_key};
+    use protocol::session::{Acquaintance, Initiator, Responder, Sealer, Session, StaticKey, StaticSecret};
     use std::io::Write as _;
 
     /// Both ends of one upload stream.
     fn stream() -> (Sealer, Opener) {
         let key = |byte: u8| StaticSecret::from([byte; 32]);
-        let (worker, coordinator) = (key(1), key(2));
-        let (initiator, first) = Initiator::start(b"", &worker, key(3), &public_key(&coordinator), b"").unwrap();
-        let (responder, _) = Responder::read(b"", &coordinator, &first).unwrap();
+        let (worker, coordinator): (StaticKey, StaticKey) = (key(1).into(), key(2).into());
+        let pinned = Acquaintance::new(&worker, coordinator.public()).unwrap();
+        let (initiator, first) = Initiator::start(b"", &worker, key(3), &pinned, b"").unwrap();
+        let (responder, _) = Responder::read(b"", &coordinator, None, &first).unwrap();
         let (second, ours) = responder.reply(key(4), b"").unwrap();
         let (_, theirs) = initiator.finish(&second).unwrap();
         let (mut near, ..) = Session::begin(theirs);

@@ -47,7 +47,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use transport::{CloseCode, Leisure, ResetKeys, Server, ServerOptions, SetupError, Taps, TlsIdentity};
 
 use crate::cli::RunSettings;
-use crate::conn::{Door, FromConn};
+use crate::conn::{Acquaintances, Door, FromConn};
 use crate::control::{Command, Desk};
 use crate::enrol::{Registrar, RegistrarError, write_invitation};
 pub use crate::fleet::Outcome;
@@ -345,7 +345,9 @@ impl Helpers {
         let (listen, count) = (address.ip(), AtomicU64::new(0));
         let pages = telemetry.clone();
         let short_of_room = watch::Sender::new(0);
-        let door = Arc::new(Door { server, identity, registrar, events, telemetry, listen, count, short_of_room });
+        let acquaintances = Acquaintances::default();
+        let door = Door { server, identity, registrar, events, telemetry, listen, count, short_of_room, acquaintances };
+        let door = Arc::new(door);
         let (end, ended) = oneshot::channel::<()>();
         let tasks = [
             tokio::spawn(Arc::clone(&door).open()),

@@ -16,7 +16,8 @@ use protocol::messages::{
     Upload, decode, encode,
 };
 use protocol::session::{
-    BroadcastOpener, Established, Flag, Initiator, MessageAssembler, Opener, Sealer, Session, StaticSecret, prologue,
+    Acquaintance, BroadcastOpener, Established, Flag, Initiator, MessageAssembler, Opener, Sealer, Session,
+    StaticSecret, prologue,
 };
 use transport::{
     Alpn, Client, ClientOptions, Connection, Ended, Frame, FrameError, RecvStream, SendStream, Taps, Target,
@@ -189,13 +190,24 @@ impl Call {
         session: &'k SessionKey,
         payload: &[u8],
     ) -> (Vec<u8>, Initiator<'k>) {
+        let coordinator = Acquaintance::new(session.session_key(), &invitation.coordinator_x25519).unwrap();
+        self.begin_again(&coordinator, hello, session, payload).await
+    }
+
+    /// The same to a coordinator that was met before.
+    pub async fn begin_again<'k>(
+        &mut self,
+        coordinator: &Acquaintance,
+        hello: &Hello,
+        session: &'k SessionKey,
+        payload: &[u8],
+    ) -> (Vec<u8>, Initiator<'k>) {
         let frame = Frame::Hello(encode(hello).into());
         let prologue = prologue(&frame.encode().unwrap(), &self.exporter);
         self.frame(frame).await;
         let ephemeral = StaticSecret::from(random::<32>());
-        let coordinator = &invitation.coordinator_x25519;
         let (initiator, message) =
-            Initiator::start(&prologue, session.secret(), ephemeral, coordinator, payload).unwrap();
+            Initiator::start(&prologue, session.session_key(), ephemeral, coordinator, payload).unwrap();
         (message, initiator)
     }
 

@@ -195,7 +195,9 @@ async fn handshake(
     let hello = Hello { versions: vec![PROTOCOL_VERSION], role, mode: SessionMode::Direct };
     let hello = Frame::Hello(encode(&hello).into());
     let prologue = prologue(&hello.encode()?, exporter);
-    let (initiator, message) = Initiator::start(&prologue, keys.session.secret(), ephemeral()?, coordinator, payload)?;
+    let coordinator = keys.acquaintance(coordinator)?;
+    let local = keys.session.session_key();
+    let (initiator, message) = Initiator::start(&prologue, local, ephemeral()?, &coordinator, payload)?;
     let (mut send, mut receive) = connection.open_control().await?;
     send.write_frame(&hello).await?;
     send.write_frame(&Frame::Handshake(message.into())).await?;

@@ -20,10 +20,12 @@ use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use certs::{IdentityKey, KeyFileError, SessionKey, keys};
 use data_encoding::HEXLOWER;
 use protocol::ids::WorkerName;
+use protocol::session::{Acquaintance, HandshakeError};
 
 use crate::files::{self, FileError};
 
@@ -88,7 +90,7 @@ impl State {
     pub fn keys(&self) -> Result<Keys, StateError> {
         let identity = keys::load_or_create(&self.root.join("identity.key"))?;
         let session = keys::load_or_create(&self.root.join("session.key"))?;
-        Ok(Keys { identity, session })
+        Ok(Keys { identity, session, coordinator: Mutex::default() })
     }
 
     /// Where enrolments are kept.
@@ -117,6 +119,23 @@ pub struct Keys {
     pub identity: IdentityKey,
     /// Of the sealed session.
     pub session: SessionKey,
+    /// The coordinator that was greeted last.
+    coordinator: Mutex<Option<Arc<Acquaintance>>>,
+}
+
+impl Keys {
+    /// What our session key agrees on with this key of a coordinator, which is the same whenever we come back to it.
+    pub(crate) fn acquaintance(&self, coordinator: &[u8; 32]) -> Result<Arc<Acquaintance>, HandshakeError> {
+        let mut kept = self.coordinator.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*kept {
+            Some(kept) if kept.public() == coordinator => Ok(Arc::clone(kept)),
+            _ => {
+                let met = Arc::new(Acquaintance::new(self.session.session_key(), coordinator)?);
+                *kept = Some(Arc::clone(&met));
+                Ok(met)
+            }
+        }
+    }
 }
 
 /// Why there is no state directory to work with.

@@ -21,8 +21,8 @@ use tributary_protocol::plan::*;
 use tributary_protocol::session::record::{RECORD_HEADER_BYTES, STREAM_RECORDS_MAX};
 use tributary_protocol::session::sign::{MANIFEST_CONTEXT, RECEIPT_CONTEXT, SigningKey, key_id, sign, verify};
 use tributary_protocol::session::{
-    BroadcastOpener, BroadcastSealer, Flag, Initiator, Opener, Responder, STREAM_WINDOW, Sealer, Session, StaticSecret,
-    prologue, public_key,
+    Acquaintance, BroadcastOpener, BroadcastSealer, Flag, Initiator, Opener, Responder, STREAM_WINDOW, Sealer, Session,
+    StaticKey, StaticSecret, prologue,
 };
 
 const PAGE: &str = include_str!("../../../docs/protocol.md");
@@ -458,14 +458,14 @@ struct Worked {
 
 /// The handshake with the page's keys.
 fn worked() -> Worked {
-    let [worker, coordinator, worker_once, coordinator_once] =
-        [0x01, 0x21, 0x41, 0x61].map(|start| StaticSecret::from(run_of(start)));
+    let [worker, coordinator] = [0x01, 0x21].map(|start| StaticKey::from(StaticSecret::from(run_of(start))));
+    let [worker_once, coordinator_once] = [0x41, 0x61].map(|start| StaticSecret::from(run_of(start)));
     let said = prologue(&frame(1, &encode(&hello())), &run_of(0x81));
-    let pinned = public_key(&coordinator);
+    let pinned = Acquaintance::new(&worker, coordinator.public()).unwrap();
     let (initiator, first) = Initiator::start(&said, &worker, worker_once, &pinned, b"").unwrap();
-    let (responder, payload) = Responder::read(&said, &coordinator, &first).unwrap();
+    let (responder, payload) = Responder::read(&said, &coordinator, None, &first).unwrap();
     assert!(payload.is_empty());
-    assert_eq!(responder.remote_static(), &public_key(&worker));
+    assert_eq!(responder.remote_static(), worker.public());
     let (second, there) = responder.reply(coordinator_once, b"").unwrap();
     let (_, here) = initiator.finish(&second).unwrap();
     assert_eq!(here.handshake_hash(), there.handshake_hash());

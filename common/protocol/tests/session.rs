@@ -18,11 +18,11 @@ struct End {
 
 /// A worker's end and the coordinator's.
 fn pair() -> (End, End) {
-    let (worker, coordinator) = (StaticSecret::from([1; 32]), StaticSecret::from([2; 32]));
+    let [worker, coordinator] = [1, 2].map(|byte| StaticKey::from(StaticSecret::from([byte; 32])));
     let said = prologue(b"hello", &[5; 32]);
-    let pinned = public_key(&coordinator);
+    let pinned = Acquaintance::new(&worker, coordinator.public()).unwrap();
     let (initiator, first) = Initiator::start(&said, &worker, StaticSecret::from([3; 32]), &pinned, b"").unwrap();
-    let (responder, _) = Responder::read(&said, &coordinator, &first).unwrap();
+    let (responder, _) = Responder::read(&said, &coordinator, None, &first).unwrap();
     let (second, there) = responder.reply(StaticSecret::from([4; 32]), b"").unwrap();
     let (_, here) = initiator.finish(&second).unwrap();
     (End::new(here), End::new(there))

@@ -256,7 +256,7 @@ impl Stage {
         assert_eq!(decode::<Hello>(body).unwrap().role, role);
         let Some(Frame::Handshake(message)) = receive.read_frame().await.unwrap() else { panic!("no handshake") };
         let prologue = prologue(&hello.encode().unwrap(), &accepted.exporter);
-        let (responder, payload) = Responder::read(&prologue, self.session.secret(), &message).unwrap();
+        let (responder, payload) = Responder::read(&prologue, self.session.session_key(), None, &message).unwrap();
         let mut ephemeral = [0; 32];
         getrandom::fill(&mut ephemeral).unwrap();
         let (message, established) = responder.reply(StaticSecret::from(ephemeral), &answer(&payload)).unwrap();

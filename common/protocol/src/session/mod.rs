@@ -25,8 +25,8 @@ use std::collections::BTreeSet;
 
 pub use broadcast::{BroadcastHeader, BroadcastOpener, BroadcastSealer};
 pub use noise::{
-    Established, HANDSHAKE_MESSAGE_MAX, HandshakeError, INITIATOR_OVERHEAD_BYTES, Initiator, RESPONDER_OVERHEAD_BYTES,
-    Responder, prologue, public_key,
+    Acquaintance, Established, HANDSHAKE_MESSAGE_MAX, HandshakeError, INITIATOR_OVERHEAD_BYTES, Initiator,
+    RESPONDER_OVERHEAD_BYTES, Responder, StaticKey, prologue, public_key,
 };
 pub use record::{Flag, MessageAssembler, Opened, Opener, RecordError, RecordHeader, RecordKind, Sealer};
 
@@ -255,6 +255,7 @@ mod tests {
         fn wiped<T: zeroize::ZeroizeOnDrop>() {}
         wiped::<Secret>();
         wiped::<StaticSecret>();
+        wiped::<x25519_dalek::SharedSecret>();
         wiped::<sign::SigningKey>();
         wiped::<crate::messages::ContentKey>();
         wiped::<aes_gcm::Aes256Gcm>(); // only with its feature `zeroize`

@@ -13,6 +13,7 @@
 //! change state before the first record has been opened.
 
 use std::fmt;
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 use x25519_dalek::{PublicKey, SharedSecret, StaticSecret};
@@ -48,33 +49,91 @@ pub fn public_key(secret: &StaticSecret) -> [u8; 32] {
     PublicKey::from(secret).to_bytes()
 }
 
+/// A secret that is there for longer than a handshake, with its public half: every message of a handshake begins with
+/// it, and computing it takes a third of a key agreement.
+#[derive(Clone)]
+pub struct StaticKey {
+    secret: StaticSecret,
+    public: [u8; 32],
+}
+
+impl StaticKey {
+    /// The public half.
+    pub fn public(&self) -> &[u8; 32] {
+        &self.public
+    }
+
+    /// The secret itself, to be kept in a file.
+    pub fn secret(&self) -> &StaticSecret {
+        &self.secret
+    }
+}
+
+impl From<StaticSecret> for StaticKey {
+    fn from(secret: StaticSecret) -> Self {
+        let public = public_key(&secret);
+        Self { secret, public }
+    }
+}
+
+impl fmt::Debug for StaticKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("StaticKey([redacted])")
+    }
+}
+
+/// A peer's static key, and what ours agrees on with it: the same in each of their handshakes, so that whoever meets the
+/// peer again may keep it. It is worth as much as either secret for these two, and like them wiped when dropped.
+pub struct Acquaintance {
+    public: [u8; 32],
+    agreed: SharedSecret,
+}
+
+impl Acquaintance {
+    /// What `local` and the holder of this public key agree on.
+    pub fn new(local: &StaticKey, public: &[u8; 32]) -> Result<Self, HandshakeError> {
+        Ok(Self { public: *public, agreed: agree(&local.secret, public)? })
+    }
+
+    /// The peer's public key.
+    pub fn public(&self) -> &[u8; 32] {
+        &self.public
+    }
+}
+
+impl fmt::Debug for Acquaintance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Acquaintance([redacted])")
+    }
+}
+
 /// The side that knows the other's key (a worker), between its message and the answer.
 pub struct Initiator<'k> {
     symmetric: Symmetric,
-    local_static: &'k StaticSecret,
+    local_static: &'k StaticKey,
     local_ephemeral: StaticSecret,
     remote_static: [u8; 32],
 }
 
 impl<'k> Initiator<'k> {
-    /// Writes the first message. `ephemeral` must be fresh; the payload is sealed for the holder of
-    /// `remote_static`, without forward secrecy.
+    /// Writes the first message. `ephemeral` must be fresh; the payload is sealed for the holder of the key of `remote`,
+    /// which `local_static` is acquainted with, without forward secrecy.
     pub fn start(
         prologue: &[u8],
-        local_static: &'k StaticSecret,
+        local_static: &'k StaticKey,
         ephemeral: StaticSecret,
-        remote_static: &[u8; 32],
+        remote: &Acquaintance,
         payload: &[u8],
     ) -> Result<(Self, Vec<u8>), HandshakeError> {
         check_longest(payload.len().saturating_add(INITIATOR_OVERHEAD_BYTES))?;
-        let mut symmetric = Symmetric::for_ik(prologue, remote_static);
+        let mut symmetric = Symmetric::for_ik(prologue, &remote.public);
         let mut message = Vec::with_capacity(INITIATOR_OVERHEAD_BYTES + payload.len());
         symmetric.send_ephemeral(&ephemeral, &mut message);
-        symmetric.mix_agreement(&ephemeral, remote_static)?;
-        symmetric.encrypt_and_hash(&public_key(local_static), &mut message);
-        symmetric.mix_agreement(local_static, remote_static)?;
+        symmetric.mix_agreement(&ephemeral, &remote.public)?;
+        symmetric.encrypt_and_hash(&local_static.public, &mut message);
+        symmetric.mix_key(remote.agreed.as_bytes());
         symmetric.encrypt_and_hash(payload, &mut message);
-        let remote_static = *remote_static;
+        let remote_static = remote.public;
         Ok((Self { symmetric, local_static, local_ephemeral: ephemeral, remote_static }, message))
     }
 
@@ -84,7 +143,7 @@ impl<'k> Initiator<'k> {
         let (remote_ephemeral, sealed) = split_key(message)?;
         self.symmetric.mix_hash(remote_ephemeral);
         self.symmetric.mix_agreement(&self.local_ephemeral, remote_ephemeral)?;
-        self.symmetric.mix_agreement(self.local_static, remote_ephemeral)?;
+        self.symmetric.mix_agreement(&self.local_static.secret, remote_ephemeral)?;
         let payload = self.symmetric.decrypt_and_hash(sealed)?;
         let (sending, receiving, handshake_hash) = self.symmetric.split();
         let remote_static = self.remote_static;
@@ -95,34 +154,45 @@ impl<'k> Initiator<'k> {
 /// The side whose key is known (the coordinator), between the first message and its answer.
 pub struct Responder {
     symmetric: Symmetric,
-    remote_static: [u8; 32],
+    remote: Arc<Acquaintance>,
     remote_ephemeral: [u8; 32],
 }
 
 impl Responder {
-    /// Reads the first message: who sent it ([`Self::remote_static`]), and its payload.
+    /// Reads the first message: who sent it ([`Self::remote`]), and its payload. If the one whom it is expected from is an
+    /// acquaintance of `local_static`, that saves an agreement; if another sent it, that is found out as ever.
     pub fn read(
         prologue: &[u8],
-        local_static: &StaticSecret,
+        local_static: &StaticKey,
+        expected: Option<Arc<Acquaintance>>,
         message: &[u8],
     ) -> Result<(Self, Vec<u8>), HandshakeError> {
         check_length(message, INITIATOR_OVERHEAD_BYTES)?;
-        let mut symmetric = Symmetric::for_ik(prologue, &public_key(local_static));
+        let mut symmetric = Symmetric::for_ik(prologue, &local_static.public);
         let (remote_ephemeral, rest) = split_key(message)?;
         symmetric.mix_hash(remote_ephemeral);
-        symmetric.mix_agreement(local_static, remote_ephemeral)?;
+        symmetric.mix_agreement(&local_static.secret, remote_ephemeral)?;
         let (sealed_static, sealed_payload) =
             rest.split_at_checked(KEY_BYTES + TAG_BYTES).ok_or(HandshakeError::BadTag)?;
         let remote_static = symmetric.decrypt_and_hash(sealed_static)?;
-        let (&remote_static, _) = split_key(&remote_static)?;
-        symmetric.mix_agreement(local_static, &remote_static)?;
+        let (remote_static, _) = split_key(&remote_static)?;
+        let remote = match expected.filter(|expected| expected.public == *remote_static) {
+            Some(expected) => expected,
+            None => Arc::new(Acquaintance::new(local_static, remote_static)?),
+        };
+        symmetric.mix_key(remote.agreed.as_bytes());
         let payload = symmetric.decrypt_and_hash(sealed_payload)?;
-        Ok((Self { symmetric, remote_static, remote_ephemeral: *remote_ephemeral }, payload))
+        Ok((Self { symmetric, remote, remote_ephemeral: *remote_ephemeral }, payload))
     }
 
     /// The X25519 public key that the initiator proved to hold: look it up before answering.
     pub fn remote_static(&self) -> &[u8; 32] {
-        &self.remote_static
+        &self.remote.public
+    }
+
+    /// The initiator, to be expected another time. Only who was looked up is worth keeping: anybody has a key.
+    pub fn remote(&self) -> &Arc<Acquaintance> {
+        &self.remote
     }
 
     /// Writes the answer. `ephemeral` must be fresh.
@@ -131,10 +201,10 @@ impl Responder {
         let mut message = Vec::with_capacity(RESPONDER_OVERHEAD_BYTES + payload.len());
         self.symmetric.send_ephemeral(&ephemeral, &mut message);
         self.symmetric.mix_agreement(&ephemeral, &self.remote_ephemeral)?;
-        self.symmetric.mix_agreement(&ephemeral, &self.remote_static)?;
+        self.symmetric.mix_agreement(&ephemeral, &self.remote.public)?;
         self.symmetric.encrypt_and_hash(payload, &mut message);
         let (receiving, sending, handshake_hash) = self.symmetric.split();
-        let remote_static = self.remote_static;
+        let remote_static = self.remote.public;
         Ok((message, Established { handshake_hash, remote_static, sending, receiving }))
     }
 }

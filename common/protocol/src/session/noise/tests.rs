@@ -18,6 +18,14 @@ fn key(byte: u8) -> StaticSecret {
     StaticSecret::from([byte; 32])
 }
 
+fn pair(byte: u8) -> StaticKey {
+    StaticKey::from(key(byte))
+}
+
+fn met(near: &StaticKey, far: &StaticKey) -> Acquaintance {
+    Acquaintance::new(near, far.public()).unwrap()
+}
+
 fn bytes(hex: &str) -> Vec<u8> {
     data_encoding::HEXLOWER.decode(hex.as_bytes()).unwrap()
 }
@@ -59,16 +67,16 @@ fn the_published_ik_vectors_hold() {
 fn check_ik(vector: &Vector) {
     let hex = |text: &Option<String>| secret(text.as_ref().unwrap());
     let prologue = bytes(&vector.prologue);
-    let (near, far) = (hex(&vector.init_static), hex(&vector.resp_static));
+    let (near, far) = (hex(&vector.init_static).into(), hex(&vector.resp_static).into());
     let payload = |index: usize| bytes(&vector.messages[index].0);
     let sealed = |index: usize| bytes(&vector.messages[index].1);
 
     let ephemeral = hex(&vector.init_ephemeral);
-    let (initiator, first) = Initiator::start(&prologue, &near, ephemeral, &public_key(&far), &payload(0)).unwrap();
+    let (initiator, first) = Initiator::start(&prologue, &near, ephemeral, &met(&near, &far), &payload(0)).unwrap();
     assert_eq!(first, sealed(0));
-    let (responder, got) = Responder::read(&prologue, &far, &first).unwrap();
+    let (responder, got) = Responder::read(&prologue, &far, None, &first).unwrap();
     assert_eq!(got, payload(0));
-    assert_eq!(responder.remote_static(), &public_key(&near));
+    assert_eq!(responder.remote_static(), near.public());
     let (second, there) = responder.reply(hex(&vector.resp_ephemeral), &payload(1)).unwrap();
     assert_eq!(second, sealed(1));
     let (got, here) = initiator.finish(&second).unwrap();
@@ -315,17 +323,17 @@ fn snow() -> snow::Builder<'static> {
 
 #[test]
 fn snow_answers_our_handshake() {
-    let (near, far) = (key(1), key(2));
+    let (near, far) = (pair(1), pair(2));
     for length in [0, 1, 1000, HANDSHAKE_MESSAGE_MAX - INITIATOR_OVERHEAD_BYTES] {
         let payload = vec![7; length];
-        let (initiator, first) = Initiator::start(b"p", &near, key(3), &public_key(&far), &payload).unwrap();
+        let (initiator, first) = Initiator::start(b"p", &near, key(3), &met(&near, &far), &payload).unwrap();
         assert_eq!(first.len(), INITIATOR_OVERHEAD_BYTES + length);
-        let builder = snow().local_private_key(far.as_bytes()).unwrap();
+        let builder = snow().local_private_key(far.secret.as_bytes()).unwrap();
         let mut snow = builder.prologue(b"p").unwrap().build_responder().unwrap();
         let mut buffer = vec![0; HANDSHAKE_MESSAGE_MAX];
         let read = snow.read_message(&first, &mut buffer).unwrap();
         assert_eq!(buffer[..read], payload);
-        assert_eq!(snow.get_remote_static().unwrap(), public_key(&near));
+        assert_eq!(snow.get_remote_static().unwrap(), near.public());
         let written = snow.write_message(b"answer", &mut buffer).unwrap();
         assert_eq!(written, RESPONDER_OVERHEAD_BYTES + 6);
 
@@ -337,18 +345,17 @@ fn snow_answers_our_handshake() {
 
 #[test]
 fn we_answer_snows_handshake() {
-    let (near, far) = (key(1), key(2));
-    let pinned = public_key(&far);
+    let (near, far) = (pair(1), pair(2));
     for length in [0, 1, 1000, HANDSHAKE_MESSAGE_MAX - RESPONDER_OVERHEAD_BYTES] {
         let payload = vec![7; length];
-        let builder = snow().local_private_key(near.as_bytes()).unwrap();
-        let builder = builder.remote_public_key(&pinned).unwrap();
+        let builder = snow().local_private_key(near.secret.as_bytes()).unwrap();
+        let builder = builder.remote_public_key(far.public()).unwrap();
         let mut snow = builder.prologue(b"p").unwrap().build_initiator().unwrap();
         let mut buffer = vec![0; HANDSHAKE_MESSAGE_MAX];
         let written = snow.write_message(b"hello", &mut buffer).unwrap();
-        let (responder, hello) = Responder::read(b"p", &far, &buffer[..written]).unwrap();
+        let (responder, hello) = Responder::read(b"p", &far, None, &buffer[..written]).unwrap();
         assert_eq!(hello, b"hello");
-        assert_eq!(responder.remote_static(), &public_key(&near));
+        assert_eq!(responder.remote_static(), near.public());
 
         let (second, established) = responder.reply(key(4), &payload).unwrap();
         let read = snow.read_message(&second, &mut buffer).unwrap();
@@ -396,24 +403,24 @@ fn key_agreement_agrees_with_wycheproof_and_refuses_shared_zeros() {
 
 #[test]
 fn every_changed_bit_of_the_first_message_is_refused() {
-    let (near, far) = (key(1), key(2));
-    let (_, message) = Initiator::start(b"p", &near, key(3), &public_key(&far), b"token").unwrap();
+    let (near, far) = (pair(1), pair(2));
+    let (_, message) = Initiator::start(b"p", &near, key(3), &met(&near, &far), b"token").unwrap();
     for bit in 0..message.len() * 8 {
         let mut changed = message.clone();
         changed[bit / 8] ^= 1 << (bit % 8);
-        assert!(Responder::read(b"p", &far, &changed).is_err(), "bit {bit}");
+        assert!(Responder::read(b"p", &far, None, &changed).is_err(), "bit {bit}");
     }
     for length in 0..message.len() {
-        assert!(Responder::read(b"p", &far, &message[..length]).is_err(), "{length} bytes");
+        assert!(Responder::read(b"p", &far, None, &message[..length]).is_err(), "{length} bytes");
     }
-    assert!(Responder::read(b"p", &far, &[&message[..], &[0]].concat()).is_err());
+    assert!(Responder::read(b"p", &far, None, &[&message[..], &[0]].concat()).is_err());
 }
 
 #[test]
 fn every_changed_bit_of_the_second_message_is_refused() {
-    let (near, far) = (key(1), key(2));
-    let start = || Initiator::start(b"p", &near, key(3), &public_key(&far), b"").unwrap();
-    let (responder, _) = Responder::read(b"p", &far, &start().1).unwrap();
+    let (near, far) = (pair(1), pair(2));
+    let start = || Initiator::start(b"p", &near, key(3), &met(&near, &far), b"").unwrap();
+    let (responder, _) = Responder::read(b"p", &far, None, &start().1).unwrap();
     let (message, _) = responder.reply(key(4), b"welcome").unwrap();
     for bit in 0..message.len() * 8 {
         let mut changed = message.clone();
@@ -427,51 +434,71 @@ fn every_changed_bit_of_the_second_message_is_refused() {
 }
 
 #[test]
+fn whoever_is_expected_makes_no_difference_but_of_time() {
+    let (near, far, other) = (pair(1), pair(2), pair(9));
+    let (_, message) = Initiator::start(b"p", &near, key(3), &met(&near, &far), b"token").unwrap();
+    let answer = |expected: Option<&StaticKey>| {
+        let expected = expected.map(|expected| Arc::new(met(&far, expected)));
+        let (responder, payload) = Responder::read(b"p", &far, expected, &message).unwrap();
+        assert_eq!((responder.remote_static(), &payload[..]), (near.public(), &b"token"[..]));
+        assert_eq!(responder.remote().public(), near.public());
+        responder.reply(key(4), b"").unwrap()
+    };
+    let (unexpected, there) = answer(None);
+    for expected in [&near, &other] {
+        let (second, again) = answer(Some(expected));
+        assert_eq!(second, unexpected);
+        assert_eq!(again.handshake_hash, there.handshake_hash);
+        assert_eq!(again.sending.bytes(), there.sending.bytes());
+        assert_eq!(again.receiving.bytes(), there.receiving.bytes());
+    }
+}
+
+#[test]
 fn a_handshake_does_not_carry_over_to_another_connection_hello_or_key() {
-    let (near, far) = (key(1), key(2));
+    let (near, far) = (pair(1), pair(2));
     let said = prologue(b"hello", &[1; 32]);
-    let (_, message) = Initiator::start(&said, &near, key(3), &public_key(&far), b"").unwrap();
-    let read = |prologue: &[u8], local: &StaticSecret| Responder::read(prologue, local, &message).err();
+    let (_, message) = Initiator::start(&said, &near, key(3), &met(&near, &far), b"").unwrap();
+    let read = |prologue: &[u8], local: &StaticKey| Responder::read(prologue, local, None, &message).err();
     assert_eq!(read(&said, &far), None);
     assert_eq!(read(&prologue(b"hello", &[2; 32]), &far), Some(HandshakeError::BadTag));
     assert_eq!(read(&prologue(b"hullo", &[1; 32]), &far), Some(HandshakeError::BadTag));
-    assert_eq!(read(&said, &key(9)), Some(HandshakeError::BadTag));
+    assert_eq!(read(&said, &pair(9)), Some(HandshakeError::BadTag));
 }
 
 #[test]
 fn an_answer_by_someone_without_the_pinned_key_is_refused() {
-    let (near, far, impostor) = (key(1), key(2), key(9));
-    let (initiator, _) = Initiator::start(b"p", &near, key(3), &public_key(&far), b"").unwrap();
-    let (_, other) = Initiator::start(b"p", &near, key(3), &public_key(&impostor), b"").unwrap();
-    let (responder, _) = Responder::read(b"p", &impostor, &other).unwrap();
+    let (near, far, impostor) = (pair(1), pair(2), pair(9));
+    let (initiator, _) = Initiator::start(b"p", &near, key(3), &met(&near, &far), b"").unwrap();
+    let (_, other) = Initiator::start(b"p", &near, key(3), &met(&near, &impostor), b"").unwrap();
+    let (responder, _) = Responder::read(b"p", &impostor, None, &other).unwrap();
     let (answer, _) = responder.reply(key(4), b"").unwrap();
     assert_eq!(initiator.finish(&answer).unwrap_err(), HandshakeError::BadTag);
 }
 
 #[test]
 fn keys_of_low_order_abort_the_handshake() {
-    let (near, far) = (key(1), key(2));
+    let (near, far) = (pair(1), pair(2));
     let low = HandshakeError::LowOrderKey;
-    let started = Initiator::start(b"", &near, key(3), &[0; 32], b"");
-    assert_eq!(started.unwrap_err(), low);
-    let (initiator, mut first) = Initiator::start(b"", &near, key(3), &public_key(&far), b"").unwrap();
+    assert_eq!(Acquaintance::new(&near, &[0; 32]).unwrap_err(), low);
+    let (initiator, mut first) = Initiator::start(b"", &near, key(3), &met(&near, &far), b"").unwrap();
     first[..32].fill(0);
-    assert_eq!(Responder::read(b"", &far, &first).unwrap_err(), low);
+    assert_eq!(Responder::read(b"", &far, None, &first).unwrap_err(), low);
     assert_eq!(initiator.finish(&[0; RESPONDER_OVERHEAD_BYTES]).unwrap_err(), low);
 }
 
 #[test]
 fn messages_past_the_limit_are_refused_on_both_sides() {
-    let (near, far) = (key(1), key(2));
+    let (near, far) = (pair(1), pair(2));
     let got = HANDSHAKE_MESSAGE_MAX + 1;
     let too_long = HandshakeError::TooLong { got };
     let payload = vec![0; got - INITIATOR_OVERHEAD_BYTES];
-    let started = Initiator::start(b"", &near, key(3), &public_key(&far), &payload);
+    let started = Initiator::start(b"", &near, key(3), &met(&near, &far), &payload);
     assert_eq!(started.unwrap_err(), too_long);
-    assert_eq!(Responder::read(b"", &far, &vec![0; got]).unwrap_err(), too_long);
+    assert_eq!(Responder::read(b"", &far, None, &vec![0; got]).unwrap_err(), too_long);
 
-    let (initiator, first) = Initiator::start(b"", &near, key(3), &public_key(&far), b"").unwrap();
-    let (responder, _) = Responder::read(b"", &far, &first).unwrap();
+    let (initiator, first) = Initiator::start(b"", &near, key(3), &met(&near, &far), b"").unwrap();
+    let (responder, _) = Responder::read(b"", &far, None, &first).unwrap();
     let payload = vec![0; got - RESPONDER_OVERHEAD_BYTES];
     assert_eq!(responder.reply(key(4), &payload).unwrap_err(), too_long);
     assert_eq!(initiator.finish(&vec![0; got]).unwrap_err(), too_long);
@@ -485,9 +512,9 @@ fn the_prologue_holds_label_length_hello_and_exporter() {
 
 #[test]
 fn a_handshake_prints_no_secret() {
-    let (near, far) = (key(1), key(2));
-    let (initiator, first) = Initiator::start(b"", &near, key(3), &public_key(&far), b"").unwrap();
-    let (responder, _) = Responder::read(b"", &far, &first).unwrap();
+    let (near, far) = (pair(1), pair(2));
+    let (initiator, first) = Initiator::start(b"", &near, key(3), &met(&near, &far), b"").unwrap();
+    let (responder, _) = Responder::read(b"", &far, None, &first).unwrap();
     assert_eq!(format!("{initiator:?}"), "Initiator([redacted])");
     assert_eq!(format!("{responder:?}"), "Responder([redacted])");
     let (_, established) = responder.reply(key(4), b"").unwrap();
