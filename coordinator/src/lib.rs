@@ -44,7 +44,7 @@ use protocol::plan::{Durability, LearningPlan, Plan};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use transport::{CloseCode, Leisure, ResetKeys, Server, ServerOptions, SetupError, Taps, TlsIdentity};
+use transport::{CloseCode, ResetKeys, Server, ServerOptions, SetupError, Taps, TlsIdentity};
 
 use crate::cli::RunSettings;
 use crate::conn::{Acquaintances, Door, FromConn};
@@ -81,8 +81,8 @@ pub struct Options {
     pub json: Option<Box<dyn Write + Send>>,
     /// How a person is told.
     pub look: Look,
-    /// Whether the runtime's threads may rest a moment before they sleep. They must ask it: see [`Leisure::rest`].
-    pub leisure: Leisure,
+    /// Whether the runtime's threads are the coordinator's own, and may rest a moment while nothing but keep-alives come.
+    pub leisure: bool,
     /// For tests: no flag and no variable sets it.
     pub taps: Taps,
     /// For tests and benchmarks: the disk that a run's store is on, if not the real one.
@@ -102,7 +102,7 @@ impl Options {
     #[must_use]
     pub fn quiet(settings: RunSettings) -> Self {
         let (default_join, json, disks, listening) = (None, None, None, None);
-        let (look, leisure, taps) = (Look::Silent, Leisure::default(), Taps::default());
+        let (look, leisure, taps) = (Look::Silent, false, Taps::default());
         Self { settings, default_join, json, look, leisure, taps, disks, listening }
     }
 }
@@ -393,7 +393,7 @@ fn bind(options: &Options, state: &StateDir, registrar: &Registrar) -> Result<Se
     let mut server = ServerOptions::new(address, ca, tls_identity(registrar)?, ResetKeys::from_bytes(keys));
     server.connections_max = options.settings.config.connections_max;
     server.strict_pq = options.settings.config.strict_pq;
-    server.leisure = options.leisure.clone();
+    server.leisure = options.leisure;
     server.taps = options.taps.clone();
     Server::bind(server).map_err(|source| Error::Listen { address, source })
 }

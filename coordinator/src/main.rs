@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
-use transport::Leisure;
 use tributary_coordinator::cli::{Cli, state_home};
 use tributary_coordinator::show::{LogWriter, Look};
 use tributary_coordinator::{Options, Outcome, orders, run};
@@ -35,9 +34,8 @@ pub(crate) fn main() -> ExitCode {
     log_to(look.clone());
     let json: Option<Box<dyn io::Write + Send>> = if settings.json { Some(Box::new(io::stdout())) } else { None };
     let default_join = state_home().ok().map(|home| home.join("join"));
-    let leisure = Leisure::default();
-    let options = Options { default_join, json, look, leisure: leisure.clone(), ..Options::quiet(settings) };
-    let outcome = match runtime(leisure) {
+    let options = Options { default_join, json, look, leisure: true, ..Options::quiet(settings) };
+    let outcome = match runtime() {
         Ok(runtime) => {
             let outcome = runtime.block_on(async { run(options, orders::interrupted()?).await });
             // A disk that does not answer must not hold up the end.
@@ -53,9 +51,8 @@ pub(crate) fn main() -> ExitCode {
 }
 
 /// On one thread, what passes between connections and the event loop wakes nobody, which is most of what a small round
-/// takes; with more cores, connections that move much share some. While nothing but keep-alives pass, a thread rests a moment
-/// before it sleeps, and then hears several of them at once.
-fn runtime(leisure: Leisure) -> io::Result<Runtime> {
+/// takes; with more cores, connections that move much share some.
+fn runtime() -> io::Result<Runtime> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut builder = match (cores / 2).min(RUNTIME_THREADS_MAX) {
         0 | 1 => Builder::new_current_thread(),
@@ -65,7 +62,7 @@ fn runtime(leisure: Leisure) -> io::Result<Runtime> {
             builder
         }
     };
-    builder.on_thread_park(move || leisure.rest()).enable_all().build()
+    builder.enable_all().build()
 }
 
 /// Matrix products of our sizes are slower on two threads than on one, and the libraries read this when first used.

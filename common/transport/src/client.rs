@@ -16,7 +16,7 @@ use crate::close::{CloseCode, Ended};
 use crate::connection::Connection;
 use crate::limits;
 use crate::path::Path;
-use crate::server::{take_long_datagrams, transport_config};
+use crate::server::{acknowledgements, take_long_datagrams, transport_config};
 use crate::socket::{Crowd, MeteredSocket, Tap, Taps, Traffic, TrafficTotals};
 use crate::tls::{self, Alpn, PinnedCa, SetupError, TlsIdentity};
 
@@ -169,6 +169,8 @@ impl Client {
     fn transport(&self, path: Path) -> TransportConfig {
         let mut transport = transport_config(0, path);
         transport.keep_alive_interval(Some(self.keep_alive)).initial_rtt(limits::FIRST_RTT);
+        // A server at leisure has rested for so long when it looks at a keep-alive, and acknowledges it there and then.
+        transport.ack_frequency_config(Some(acknowledgements(Some(limits::REST))));
         transport
     }
 

@@ -26,7 +26,6 @@ pub use client::{Client, ClientOptions, ConnectError, ConnectFailure, Connected,
 pub use close::{CloseCode, Ended};
 pub use connection::{Connection, LinkStats};
 pub use frame::{Frame, FrameError, FrameKind};
-pub use leisure::Leisure;
 pub use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 pub use server::{Accepted, Handshake, HandshakeError, ResetKeys, Server, ServerCounts, ServerOptions};
 pub use socket::{Direction, Tap, Taps, Traffic, TrafficTotals};

@@ -102,12 +102,15 @@ pub const KEEP_ALIVE: Duration = Duration::from_secs(25);
 /// sealed record makes 66 of both.
 pub const KEEP_ALIVE_BYTES_MAX: u64 = 48;
 
-/// For so long nothing else must have passed before a server is at leisure: longer than a small round takes.
-pub const LEISURE_AFTER: Duration = Duration::from_millis(5);
+/// For so long nothing else must have passed before a server is at leisure: longer than most small rounds take.
+pub const LEISURE_AFTER: Duration = Duration::from_millis(10);
 
-/// For how long a server at leisure lets things come together: what 20,000 connections say and are told is then done six at a
-/// time. An acknowledgement is at most so much later than its sender expects, who learns to expect it.
-pub const REST: Duration = Duration::from_millis(4);
+/// Less often than this, keep-alives come one by one, and waiting for a second one is in vain.
+pub const OFTEN: Duration = Duration::from_millis(25);
+
+/// For how long a server at leisure lets things come together: what 20,000 connections say is then heard six at a time. What
+/// came has then waited for so long that it is to be acknowledged at once: a client asks for no more.
+pub const REST: Duration = Duration::from_millis(8);
 
 /// What a client takes a round trip for until it has measured one: a first packet without answer is repeated after three
 /// times as long. The 333 ms of RFC 9002 would make it wait a second, and then two, for a server that was just restarted.
@@ -164,7 +167,7 @@ pub const UNACKNOWLEDGED_MAX: u32 = 3;
 const _: () = assert!(UNACKNOWLEDGED_MAX as u64 * (DATAGRAM_BYTES_MAX as u64) < INITIAL_WINDOW_BYTES);
 const _: () = assert!(BATCH_DATAGRAMS * DATAGRAM_BYTES_MAX as usize <= BATCH_BYTES_MAX);
 const _: () = assert!(SEND_WINDOW_BYTES_MIN < SEND_WINDOW_BYTES && SEND_WINDOW_BYTES < SEND_WINDOWS_BYTES);
-const _: () = assert!(REST.as_millis() < LEISURE_AFTER.as_millis());
+const _: () = assert!(REST.as_millis() < LEISURE_AFTER.as_millis() && REST.as_millis() < OFTEN.as_millis());
 const _: () = assert!(KEEP_ALIVE.as_secs() < IDLE_TIMEOUT.as_secs());
 const _: () = assert!(HANDSHAKE_TIMEOUT.as_secs() < IDLE_TIMEOUT.as_secs());
 const _: () = assert!(STREAM_RECEIVE_WINDOW_BYTES <= RECEIVE_WINDOW_BYTES);

@@ -27,7 +27,6 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use crate::close::{CloseCode, Ended};
 use crate::connection::Connection;
-use crate::leisure::Leisure;
 use crate::limits;
 use crate::path::Path;
 use crate::socket::{Crowd, MeteredSocket, Seat, Tap, Taps, Traffic, TrafficTotals};
@@ -50,8 +49,9 @@ pub struct ServerOptions {
     pub connections_max: usize,
     /// Handshakes at once.
     pub handshakes_max: usize,
-    /// Told what passes: a runtime that asks it lets keep-alives come together.
-    pub leisure: Leisure,
+    /// Whether a thread that receives may rest for [`limits::REST`] while nothing but keep-alives come, so that they come
+    /// together. Not for a runtime that has anything else to do.
+    pub leisure: bool,
     /// For tests.
     pub taps: Taps,
 }
@@ -67,7 +67,7 @@ impl ServerOptions {
             strict_pq: false,
             connections_max: limits::CONNECTIONS_MAX,
             handshakes_max: limits::HANDSHAKES_MAX,
-            leisure: Leisure::default(),
+            leisure: false,
             taps: Taps::default(),
         }
     }
@@ -123,9 +123,10 @@ impl Server {
         let address = options.listen;
         let bind = |source| SetupError::Bind { address, source };
         let socket = UdpSocket::bind(address).map_err(bind)?;
-        let (crowd, traffic) = (Crowd::default(), options.leisure.traffic);
+        let (crowd, traffic) = (Crowd::default(), Traffic::default());
         let socket =
             MeteredSocket::new(socket, crowd.clone(), traffic.clone(), options.taps.datagrams).map_err(bind)?;
+        let socket = if options.leisure { socket.at_leisure() } else { socket };
         let endpoint = quinn::Endpoint::new_with_abstract_socket(
             endpoint_config(&options.reset_keys),
             Some(configs.any()),
@@ -391,7 +392,7 @@ pub(crate) fn transport_config(bidi_streams_max: u32, path: Path) -> TransportCo
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(None)
         .mtu_discovery_config(Some(path_search(path)))
-        .ack_frequency_config(Some(acknowledgements()))
+        .ack_frequency_config(Some(acknowledgements(None)))
         .congestion_controller_factory(Arc::new(congestion))
         .datagram_receive_buffer_size(None)
         .datagram_send_buffer_size(0);
@@ -406,10 +407,11 @@ fn share_of_windows(connections: u64) -> u64 {
     share.clamp(limits::SEND_WINDOW_BYTES_MIN, limits::SEND_WINDOW_BYTES)
 }
 
-/// Half of what has to be acknowledged in a small round goes back with the next message.
-fn acknowledgements() -> AckFrequencyConfig {
+/// What the peer is asked for: half of what has to be acknowledged in a small round goes back with the next message, or
+/// by itself after 25 ms, or `within` less.
+pub(crate) fn acknowledgements(within: Option<Duration>) -> AckFrequencyConfig {
     let mut config = AckFrequencyConfig::default();
-    config.ack_eliciting_threshold(VarInt::from_u32(limits::UNACKNOWLEDGED_MAX));
+    config.ack_eliciting_threshold(VarInt::from_u32(limits::UNACKNOWLEDGED_MAX)).max_ack_delay(within);
     config
 }
 

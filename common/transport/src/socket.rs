@@ -14,6 +14,7 @@ use std::task::{Context, Poll, ready};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 
+use crate::leisure::Leisure;
 use crate::limits::{BATCH_BYTES_MAX, BATCHES_BYTES_MAX, DATAGRAM_BYTES_MAX, SOCKET_BUFFER_BYTES};
 use crate::udp::{Room, Udp};
 
@@ -144,13 +145,20 @@ pub(crate) struct MeteredSocket {
     crowd: Crowd,
     traffic: Traffic,
     tap: Option<Tap>,
+    leisure: Option<Leisure>,
 }
 
 impl MeteredSocket {
     /// Takes a bound socket over. Must be called within a tokio runtime.
     pub(crate) fn new(socket: UdpSocket, crowd: Crowd, traffic: Traffic, tap: Option<Tap>) -> io::Result<Self> {
         let inner = Arc::new(Udp::new(socket, SOCKET_BUFFER_BYTES)?);
-        Ok(Self { inner, crowd, traffic, tap })
+        Ok(Self { inner, crowd, traffic, tap, leisure: None })
+    }
+
+    /// The same, and whoever receives from it may rest at leisure.
+    pub(crate) fn at_leisure(self) -> Self {
+        let leisure = Some(Leisure::new(self.traffic.clone()));
+        Self { leisure, ..self }
     }
 
     /// `bytes` is a batch of datagrams, each `segment` long but the last.
@@ -181,6 +189,10 @@ impl AsyncUdpSocket for MeteredSocket {
         buffers: &mut [IoSliceMut<'_>],
         metas: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
+        if let Some(leisure) = &self.leisure {
+            ready!(self.inner.poll_arrived(cx))?;
+            leisure.rest();
+        }
         let batches = ready!(self.inner.poll_recv(cx, buffers, metas))?;
         for (buffer, meta) in buffers.iter().zip(metas.iter()).take(batches) {
             let bytes = buffer.get(..meta.len).unwrap_or(buffer);

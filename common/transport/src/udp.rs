@@ -54,6 +54,11 @@ impl Udp {
         sent
     }
 
+    /// Waits until something is there to be received.
+    pub(crate) fn poll_arrived(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.socket.poll_read_ready(cx).map_ok(|mut guard| guard.retain_ready())
+    }
+
     pub(crate) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
