@@ -47,7 +47,7 @@ const BARE_THREADS: usize = 2;
 const KEPT_ALIVE: usize = 5_000;
 
 /// For so long the coordinator is looked at before anybody comes.
-const ALONE: Duration = Duration::from_secs(10);
+const ALONE: Duration = Duration::from_secs(20);
 
 /// Joins and bare handshakes in one repetition.
 const BATCH: usize = 300;
@@ -57,6 +57,9 @@ const SETTLED_AFTER: Duration = Duration::from_secs(1);
 
 /// No fleet is grown that would be grown for longer.
 const GROWING_MAX: Duration = Duration::from_secs(60);
+
+/// For so many times as long as it takes to keep every connection alive once, the coordinator is looked at.
+const PERIODS: usize = 3;
 
 /// Every connection says something once in that time.
 const KEEP_ALIVE: Duration = transport::limits::KEEP_ALIVE;
@@ -132,13 +135,13 @@ fn idle(
         eprintln!("  {fleet} are in: {:.1} MB, {joins_a_second:.0} joins/s", kilobytes(resident) / 1e3);
         costs.push(Cost { workers: *fleet, resident, joins_a_second });
     }
-    // Every connection is kept alive once.
-    let share = share(process, KEEP_ALIVE)?;
+    // In each period every connection is kept alive once.
+    let shares = (0..PERIODS).map(|_| share(process, KEEP_ALIVE)).collect::<Result<Vec<_>>>()?;
     herd.check()?;
     drop((herd, busy));
     let bare = costs.last().map(|cost| KEEP_ALIVE.mul_f64(real(KEPT_ALIVE) / real(cost.workers)));
     let bare = bare.map(|every| Bare::start(1)?.keep_alive(KEPT_ALIVE, AT_ONCE, every)).transpose()?;
-    tell(report, &alone, share, bare.unwrap_or_default(), &costs);
+    tell(report, &alone, shares.into(), bare.unwrap_or_default(), &costs);
     Ok(())
 }
 
@@ -155,7 +158,7 @@ fn share(process: u32, meanwhile: Duration) -> Result<f64> {
     Ok(100.0 * (process::cpu(process)? - before).as_secs_f64() / began.elapsed().as_secs_f64())
 }
 
-fn tell(report: &mut Report, alone: &Alone, share: f64, bare: Duration, costs: &[Cost]) {
+fn tell(report: &mut Report, alone: &Alone, shares: Samples, bare: Duration, costs: &[Cost]) {
     let Some(last) = costs.last() else { return };
     let from = std::iter::once((0, alone.resident)).chain(costs.iter().map(|cost| (cost.workers, cost.resident)));
     let slopes = from.zip(costs).map(|((workers, resident), cost)| {
@@ -167,6 +170,7 @@ fn tell(report: &mut Report, alone: &Alone, share: f64, bare: Duration, costs: &
         kilobytes(alone.resident) / 1e3,
         kilobytes(last.resident) / 1e3
     );
+    let share = shares.median();
     let each_us = 1e4 * (share - alone.share) * KEEP_ALIVE.as_secs_f64() / real(last.workers);
     let cpu = format!(
         "{:.2} % were taken before the first came, for two workers with a task; an idle one is heard every {} s, which takes \
@@ -181,7 +185,7 @@ fn tell(report: &mut Report, alone: &Alone, share: f64, bare: Duration, costs: &
     };
     let each = slopes.median();
     add(format!("memory for each idle worker, up to {}", last.workers), "kB", slopes, Aim::AtMost(45.0), &memory);
-    add(format!("{} idle workers: of one core", last.workers), "%", vec![share].into(), Aim::AtMost(3.0), &cpu);
+    add(format!("{} idle workers: of one core", last.workers), "%", shares, Aim::AtMost(3.0), &cpu);
     add("the same before they came".to_owned(), "%", vec![alone.share].into(), Aim::None, "");
     add("a keep-alive of one of them, all in all".to_owned(), "µs", vec![each_us].into(), Aim::None, "");
     let bare = vec![1e6 * bare.as_secs_f64()].into();
