@@ -984,7 +984,7 @@ mod tests {
             }
             self.store.flush()?;
             let state = model(round, bytes);
-            if round % 2 == 0 {
+            if round.is_multiple_of(2) {
                 self.store.prepare(&state)?;
                 self.store.name_prepared(testing::hash_of(&state));
             }
