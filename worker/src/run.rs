@@ -25,6 +25,7 @@ use protocol::member::{Act, Ending, Event, Input, Kept, Made, Member, Notice, Ou
 use protocol::messages::{
     Assigned, ContentRef, Encoding, FromWorker, Manifest, Receipt, Signed, ToWorker, Upload, Welcome, encode, printable,
 };
+use protocol::pages;
 use protocol::session::sign::{MANIFEST_CONTEXT, sign};
 use tokio::sync::mpsc;
 use transport::{Client, ClientOptions, CloseCode, RecvStream};
@@ -488,7 +489,13 @@ impl Shell {
             Happening::Link(..) | Happening::Announced(..) | Happening::Downloaded(..) | Happening::Spoiled(..) => {}
             Happening::Trainer(report) => self.take_in_trainer(report)?,
             Happening::Tick => self.tell(Input::Tick),
-            Happening::Pulse => self.beat(self.offered),
+            Happening::Pulse => {
+                if self.busy_at.elapsed() >= PULSES[0].1 {
+                    // The next round is not near.
+                    pages::give_back();
+                }
+                self.beat(self.offered);
+            }
             Happening::Leisure => {
                 // Nor does anybody wait for it who shares this core: another worker's offer goes first.
                 thread::yield_now();

@@ -23,6 +23,11 @@ const SPARE_BYTES_MAX: usize = 256 << 20;
 
 static SPARES: Spares = Spares(Mutex::new(Vec::new()));
 
+/// Gives all that is kept back to the system: for whoever needs none for a while.
+pub fn give_back() {
+    SPARES.give_back();
+}
+
 /// Numbers whose count does not change.
 pub struct Numbers<T>(Place<T>);
 
@@ -41,9 +46,15 @@ impl Spares {
     /// One that is long enough, and not much longer.
     fn take(&self, bytes: usize) -> Option<MmapMut> {
         let mut spares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |spare: &MmapMut| (bytes..=bytes + bytes / 8).contains(&spare.len());
+        let fits = |spare: &MmapMut| (bytes..=bytes.saturating_add(bytes / 8)).contains(&spare.len());
         let at = spares.iter().position(fits)?;
         Some(spares.remove(at))
+    }
+
+    fn give_back(&self) {
+        let spares = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        // As below: unlocked by now.
+        drop(spares);
     }
 
     /// Keeps the newest.
@@ -227,6 +238,8 @@ mod tests {
         assert_eq!(spares.take(8 * PAGE_BYTES + 1).map(|map| map.len()), Some(9 * PAGE_BYTES));
         assert_eq!(spares.take(8 * PAGE_BYTES).map(|map| map.len()), Some(8 * PAGE_BYTES));
         assert_eq!(lengths(&spares), [20]);
+        spares.give_back();
+        assert!(lengths(&spares).is_empty());
         spares.keep(map(200));
         assert!(lengths(&spares).is_empty(), "one that is longer than all that may be kept is not kept");
     }
