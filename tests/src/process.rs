@@ -8,6 +8,7 @@ use std::io::{BufRead as _, BufReader, Lines, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// The longest wait for another process. A test that reaches it has failed.
@@ -95,17 +96,26 @@ pub fn ours(binary: &str, home: &Path) -> Command {
     command
 }
 
-/// A port on loopback that nobody had a moment ago, for UDP and for TCP.
+/// Ports that no system gives to whoever asks for any.
+const PORTS: std::ops::Range<u32> = 20_000..32_000;
+
+/// A port on loopback that nobody has, for UDP and for TCP. This process is given it once, and others begin elsewhere: so it
+/// stays free while a program that had it is started again.
 ///
 /// # Panics
 /// If there is none.
 #[must_use]
 pub fn free_port() -> u16 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let begin = std::process::id().wrapping_mul(997);
     let free = || {
-        let udp = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).ok()?.local_addr().ok()?;
-        TcpListener::bind(udp).is_ok().then_some(udp.port())
+        let count = begin.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = u16::try_from(PORTS.start + count % (PORTS.end - PORTS.start)).ok()?;
+        let has_both = UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
+            && TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
+        has_both.then_some(port)
     };
-    (0..100).find_map(|_| free()).expect("loopback has a free port")
+    PORTS.into_iter().find_map(|_| free()).expect("loopback has a free port")
 }
 
 /// The body of `GET path`, if the server on loopback answers with 200.
