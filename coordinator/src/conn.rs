@@ -15,7 +15,7 @@ use std::task::{Context, Waker};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
-use certs::{WorkerIdentity, worker_identity};
+use certs::worker_identity;
 use protocol::ids::{ConnId, Instance, TaskId, WorkerId};
 use protocol::limits::{HELLO_VERSIONS_MAX, RECORD_BYTES_MAX, SENTENCE_LEN_MAX, SESSION_AGE_MAX};
 use protocol::messages::{
@@ -24,7 +24,7 @@ use protocol::messages::{
 };
 use protocol::session::sign::{MANIFEST_CONTEXT, RECEIPT_CONTEXT, sign, verify};
 use protocol::session::{
-    Acquaintance, Established, Flag, HandshakeError, MessageAssembler, Opener, RecordError, Responder, Sealer, Session,
+    Acquaintance, Flag, HandshakeError, MessageAssembler, Opener, RecordError, Responder, Sealer, Session,
     StaticSecret, StreamError, prologue,
 };
 use sha2::{Digest as _, Sha256};
@@ -295,7 +295,11 @@ impl Door {
         let (mut send, mut receive) = accepted.connection.accept_control().await?;
         let prologue = read_hello(&mut send, &mut receive, Role::Worker, &accepted.exporter).await?;
         let message = read_handshake(&mut receive).await?;
-        let Answered { worker, answer, established } = self.answer(&certified, &prologue, &message)?;
+        let (id, local) = (WorkerId(certified.id), self.identity.session.session_key());
+        let (responder, _) = Responder::read(&prologue, local, self.acquaintances.with(id), &message)?;
+        let worker = self.entry(id, &certified.public, responder.remote_static())?;
+        self.acquaintances.keep(id, responder.remote());
+        let (answer, established) = responder.reply(ephemeral()?, &[])?;
         send.write_frame(&Frame::Handshake(answer.into())).await?;
         let (session, sealer, opener) = Session::begin(established);
         let mut control = ControlReader::new(receive, opener, Arc::clone(self));
@@ -305,17 +309,6 @@ impl Door {
             None => return Err(ReadError::Ended.into()),
         };
         Ok(Greeted { worker, instance, session, send, sealer, control })
-    }
-
-    /// The handshake of a worker with this certificate, and its answer.
-    fn answer(&self, certified: &WorkerIdentity, prologue: &[u8], message: &[u8]) -> Result<Answered, GreetingError> {
-        let id = WorkerId(certified.id);
-        let expected = self.acquaintances.with(id);
-        let (responder, _) = Responder::read(prologue, self.identity.session.session_key(), expected, message)?;
-        let worker = self.entry(id, &certified.public, responder.remote_static())?;
-        self.acquaintances.keep(id, responder.remote());
-        let (answer, established) = responder.reply(ephemeral()?, &[])?;
-        Ok(Answered { worker, answer, established })
     }
 
     /// The registry entry that certificate and session key belong to, both.
@@ -425,13 +418,6 @@ impl GreetingError {
             Self::Ours(_) => (Failed, (CloseCode::Internal, String::new())),
         }
     }
-}
-
-/// A handshake that was answered.
-struct Answered {
-    worker: Worker,
-    answer: Vec<u8>,
-    established: Established,
 }
 
 /// A worker that has said its first sealed word.

@@ -109,6 +109,14 @@ pub struct Limits {
 #[doc(hidden)]
 pub const LIMITS: Limits = Limits { part_bytes: 64 << 20, attached_bytes: ATTACHMENT_BYTES_MAX, room_bytes: 1 << 20 };
 
+/// What stands in [`NEXT_MODEL`], durably.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Prepared {
+    Nothing,
+    Unnamed,
+    Model(Hash),
+}
+
 /// The store of one run.
 pub struct RunStore {
     disk: Box<dyn Disk>,
@@ -122,8 +130,7 @@ pub struct RunStore {
     commit_unsynced: bool,
     /// Something may be replaced by what the next sync makes durable.
     replaces: bool,
-    /// A model stands in [`NEXT_MODEL`], durably; and the hash that it turned out to have.
-    prepared: Option<Option<Hash>>,
+    prepared: Prepared,
     /// Models and payloads are there, or may be, in files of their own, which will be over some day.
     litter: bool,
     /// The lowest part that has attachments to be stripped.
@@ -191,7 +198,7 @@ impl RunStore {
             commit_waits: false,
             commit_unsynced: false,
             replaces: false,
-            prepared: None,
+            prepared: Prepared::Nothing,
             litter: true,
             unstripped,
             others: 0,
@@ -243,7 +250,7 @@ impl RunStore {
     /// # Errors
     /// If the disk is broken.
     pub fn prepare(&mut self, state: &ModelState) -> Result<(), StoreError> {
-        self.prepared = None;
+        self.prepared = Prepared::Nothing;
         if !self.is_large(state) {
             return Ok(());
         }
@@ -251,13 +258,15 @@ impl RunStore {
             Err(error) if error.is_full() => return Ok(()),
             put => put?,
         }
-        self.prepared = Some(None);
+        self.prepared = Prepared::Unnamed;
         Ok(())
     }
 
     /// Says that the model that was prepared is the one with this hash.
     pub fn name_prepared(&mut self, model: Hash) {
-        self.prepared = self.prepared.map(|_| Some(model));
+        if self.prepared == Prepared::Unnamed {
+            self.prepared = Prepared::Model(model);
+        }
     }
 
     /// Whether a fact whose model, if it makes one, goes beside its record is taken in without a file being touched.
@@ -451,7 +460,8 @@ impl RunStore {
 
     /// Makes a model a file, of what was prepared if that is it.
     fn write_model(&mut self, file: &str, hash: Hash, state: &ModelState) -> Result<(), StoreError> {
-        let is_there = self.prepared.take() == Some(Some(hash));
+        let is_there = self.prepared == Prepared::Model(hash);
+        self.prepared = Prepared::Nothing;
         let aside = if is_there { NEXT_MODEL.to_owned() } else { format!("{file}{ASIDE}") };
         if !is_there {
             put_model(self.disk.as_mut(), &aside, state)?;
@@ -528,7 +538,7 @@ impl RunStore {
         match PayloadName::parse(name) {
             Some(PayloadName { task, is_part: true, .. }) => !self.index.open.contains(&task),
             Some(PayloadName { task, .. }) => !self.index.held.contains(&task) && !self.kept.contains_key(&task),
-            None if name == NEXT_MODEL => self.prepared.is_none(),
+            None if name == NEXT_MODEL => self.prepared == Prepared::Nothing,
             None if ours && name.ends_with(ASIDE) => true,
             None => parse_model_file(name).is_some_and(|(round, hash)| {
                 let other = self.index.models.get(&round).is_some_and(|model| model.hash != hash);
