@@ -30,8 +30,8 @@ const HALF: usize = PANEL / 2;
 pub(crate) type Line = [f32; PANEL];
 
 /// Panels that are multiplied before the next ones, by all rows: so 16 KiB of lines stay in the nearest cache beside
-/// what is fetched ahead.
-const BLOCK_PANELS_MAX: usize = 4;
+/// what is fetched ahead. The last ones of a product may be one more.
+const BLOCK_PANELS: usize = 4;
 
 /// Lines that are multiplied before a loop looks whether it is at its end: its own arithmetic takes the place of products.
 const UNROLLED: usize = 4;
@@ -288,19 +288,20 @@ struct Strip<'a> {
 }
 
 /// What is multiplied, in blocks: each by all `rows` before the next one, those of the same factors of as even a size as can be.
+/// One panel alone, often but the column of ones, is not worth that all sums pass by once again: a block takes it in.
 fn strips<'a>(factors: &[Factors<'a>], rows: &Range<usize>) -> Vec<Strip<'a>> {
     let count = |factors: &Factors<'_>| factors.numbers.iter().map(|side| side.columns.div_ceil(PANEL)).sum::<usize>();
     let mut strips = Vec::with_capacity(factors.iter().map(count).sum());
     let mut blocks = 0;
     for factors in factors {
         let all = count(factors);
-        let own = if rows.len() < MANY_ROWS { 1 } else { all.div_ceil(BLOCK_PANELS_MAX).max(1) };
-        let (size, mut end) = (all.div_ceil(own).max(1), 0);
+        let own = if rows.len() < MANY_ROWS { 1 } else { all.saturating_sub(1).div_ceil(BLOCK_PANELS).max(1) };
+        let mut end = 0;
         let sides = factors.numbers.iter();
         let numbers =
             sides.flat_map(|side| panels(side.columns).enumerate().map(|(nth, columns)| (side.lines(nth), columns)));
         for (nth, (numbers, columns)) in numbers.enumerate() {
-            let (numbers, block) = (&numbers[rows.clone()], blocks + nth / size);
+            let (numbers, block) = (&numbers[rows.clone()], blocks + ((nth + 1) * own - 1) / all);
             strips.push(Strip { numbers, lines: factors.lines, rows: end..end + columns, block });
             end += columns;
         }
@@ -613,15 +614,14 @@ impl Tile for Step<'_> {
     #[inline(always)]
     fn make<S: Simd, const ROWS: usize, const VECTORS: usize>(&mut self, simd: S, at: usize) {
         let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
-        if let Some(next) = self.weights[at + ROWS..].first_chunk::<ROWS>() {
-            unroll!(r in ROWS {
-                prefetch(&next[r..r + 1]);
-            });
-        }
+        // What the next tile takes of the weights; as with a product's numbers, to ask for more than there is does no harm.
+        let mut below = self.weights[at..].as_ptr().wrapping_add(ROWS).cast::<[f32; LINE]>();
         for (rows, deltas) in self.deltas {
             let (inputs, inputs_rest) = self.inputs[rows.clone()].as_chunks::<UNROLLED>();
             let (deltas, deltas_rest) = deltas[..rows.len()].as_chunks::<UNROLLED>();
             for (inputs, deltas) in inputs.iter().zip(deltas) {
+                ask_for(below);
+                below = below.wrapping_add(1);
                 unroll!(k in UNROLLED {
                     let inputs: &[f32; ROWS] = inputs[k][at..].first_chunk().expect(TILES_FIT);
                     let deltas = vectors::<S, VECTORS>(&deltas[k]);
