@@ -18,7 +18,7 @@ use serde_json::json;
 
 use crate::figures::Samples;
 use crate::report::{Aim, Measure, Report};
-use crate::rivals::Rival;
+use crate::rivals::{Rival, Rivals};
 use crate::sides::alternate;
 use crate::suite::Bench;
 
@@ -41,25 +41,53 @@ const SHAPES: [(&[usize], usize, f64); 6] = [
 
 /// Measures the line.
 pub(crate) fn measure(bench: &Bench, report: &mut Report) -> Result<()> {
-    let started = bench.rivals.as_ref().context("the rivals are not installed: `make bench-rivals` does it");
-    let mut rival = started.and_then(|rivals| rivals.start("torch_step", &[]));
-    if let Err(error) = &rival {
-        report.missing(LINE, "a training step beside PyTorch", &format!("{error:#}"));
-    }
-    let peak = Samples::from((0..bench.repetitions).map(|_| peak()).collect::<Vec<_>>());
+    let peak = Samples::from((0..bench.repetitions).map(|_| peak()).collect::<Vec<_>>()).median();
+    let mut sides = Sides { repetitions: bench.repetitions, rivals: bench.rivals.as_ref(), rival: None, peak };
+    sides.start(report);
     for (sizes, batch, aim) in SHAPES {
-        let task = Task::new(sizes, batch)?;
-        let measured = match &mut rival {
-            Ok(rival) => beside(bench, &task, rival, aim, peak.median()),
-            Err(_) => alone(bench, &task),
-        };
-        match measured {
+        sides.measure(&Task::new(sizes, batch)?, aim, report);
+    }
+    report.add(gradients()?);
+    Ok(())
+}
+
+/// Ours, and the rival that is measured in turn with it, if there is one.
+struct Sides<'a> {
+    repetitions: usize,
+    rivals: Option<&'a Rivals>,
+    rival: Option<Rival>,
+    /// What one core can do at most, in GFLOP/s.
+    peak: f64,
+}
+
+impl Sides<'_> {
+    fn start(&mut self, report: &mut Report) {
+        let rivals = self.rivals.context("the rivals are not installed: `make bench-rivals` does it");
+        let rival = rivals.and_then(|rivals| rivals.start("torch_step", &[]));
+        let missing = |error: &_| report.missing(LINE, "a training step beside PyTorch", &format!("{error:#}"));
+        self.rival = rival.inspect_err(missing).ok();
+    }
+
+    /// Ours alone, if the rival breaks off. That one is not asked again, since it may still answer: the next shape has a new one.
+    fn measure(&mut self, task: &Task, aim: f64, report: &mut Report) {
+        match self.beside(task, aim) {
+            Some(Ok(measure)) => return report.add(measure),
+            Some(Err(error)) => {
+                report.missing(LINE, &format!("{}, beside PyTorch", task.name()), &format!("{error:#}"));
+                self.start(report);
+            }
+            None => {}
+        }
+        match alone(self.repetitions, task) {
             Ok(measure) => report.add(measure),
             Err(error) => report.missing(LINE, &task.name(), &format!("{error:#}")),
         }
     }
-    report.add(gradients()?);
-    Ok(())
+
+    fn beside(&mut self, task: &Task, aim: f64) -> Option<Result<Measure>> {
+        let (repetitions, peak) = (self.repetitions, self.peak);
+        self.rival.as_mut().map(|rival| beside(repetitions, task, rival, aim, peak))
+    }
 }
 
 /// What one core can do at most, in GFLOP/s.
@@ -141,12 +169,12 @@ fn schema(sizes: &[usize]) -> Schema {
     Schema { label: "y".to_owned(), target: Target::Classification { classes }, columns: columns.collect() }
 }
 
-fn beside(bench: &Bench, task: &Task, rival: &mut Rival, aim: f64, peak: f64) -> Result<Measure> {
+fn beside(repetitions: usize, task: &Task, rival: &mut Rival, aim: f64, peak: f64) -> Result<Measure> {
     let epochs = task.epochs()?;
     let request = json!({ "sizes": task.sizes, "batch": task.batch, "seconds": SAMPLE_S });
     let mut how = String::new();
     let (ours, theirs) = alternate(
-        bench.repetitions,
+        repetitions,
         || task.seconds_a_step(epochs),
         || {
             let answer = rival.once(&request)?;
@@ -175,9 +203,9 @@ fn beside(bench: &Bench, task: &Task, rival: &mut Rival, aim: f64, peak: f64) ->
     })
 }
 
-fn alone(bench: &Bench, task: &Task) -> Result<Measure> {
+fn alone(repetitions: usize, task: &Task) -> Result<Measure> {
     let epochs = task.epochs()?;
-    let samples: Vec<f64> = (0..bench.repetitions).map(|_| task.seconds_a_step(epochs)).collect::<Result<_>>()?;
+    let samples: Vec<f64> = (0..repetitions).map(|_| task.seconds_a_step(epochs)).collect::<Result<_>>()?;
     Ok(Measure {
         line: LINE,
         name: task.name(),
@@ -220,4 +248,40 @@ fn gradients() -> Result<Measure> {
         aim: Aim::AtMost(10.0),
         reason: "sums of another order".to_owned(),
     })
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_rival_that_breaks_off_leaves_ours_and_is_asked_again_for_the_next_shape() {
+        let directory = tempfile::tempdir().unwrap();
+        let python = directory.path().join("bin/python");
+        fs::create_dir(directory.path().join("bin")).unwrap();
+        // It answers twice, whatever it is asked, and then dies.
+        let answer = r#"{"seconds": 0.5, "threads": 1, "way": "sgd"}"#;
+        let program =
+            format!("#!/bin/sh\nfor _ in 1 2; do read -r _; echo '{answer}'; done\necho 'out of memory' >&2\n");
+        fs::write(&python, program).unwrap();
+        fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).unwrap();
+        let rivals = Rivals::find(directory.path(), directory.path()).unwrap();
+        let mut sides = Sides { repetitions: 2, rivals: Some(&rivals), rival: None, peak: 1.0 };
+        let (task, mut report) = (Task::new(&[3, 2], 4).unwrap(), Report::default());
+
+        sides.start(&mut report);
+        sides.measure(&task, 1.0, &mut report);
+        sides.repetitions = 1;
+        sides.measure(&task, 1.0, &mut report);
+
+        let (table, json) = (report.markdown(), report.json());
+        assert!(table.contains("not measured: 6, a training step, [3, 2] / 4, beside PyTorch: "), "{table}");
+        assert!(table.contains("out of memory"), "{table}");
+        assert!(json[0]["ours"].is_f64() && json[0]["theirs"].is_null(), "{json}");
+        assert!(json[1]["ours"].is_f64() && json[1]["theirs"] == 500_000.0, "{json}");
+    }
 }
