@@ -13,9 +13,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Cursor, Read};
-use std::panic::resume_unwind;
 use std::sync::Arc;
-use std::thread;
 
 use protocol::federation::Event;
 use protocol::ids::{Hash, RunId, TaskId};
@@ -37,7 +35,7 @@ pub const JOURNAL: &str = "journal-";
 const NEXT_MODEL: &str = "model-next.aside";
 
 const MODEL_MAGIC: &[u8; 8] = b"tribmodl";
-const MODEL_VERSION: u32 = 1;
+const MODEL_VERSION: u32 = 2;
 const MODEL_HEAD_BYTES: usize = 8 + 4 + 8 + 8;
 
 /// The server state of today's strategies has at most two numbers of eight bytes for each parameter.
@@ -862,33 +860,21 @@ impl ModelState {
     }
 }
 
-/// Magic, version, both lengths, both contents, BLAKE3 of all that.
+/// Magic, version, both lengths, both contents, BLAKE3 of all that but the model: that has its hash in the file's name, and
+/// in the record that makes it one.
 fn put_model(disk: &mut dyn Disk, name: &str, state: &ModelState) -> Result<(), StoreError> {
     let mut head = Vec::with_capacity(MODEL_HEAD_BYTES);
     head.extend(MODEL_MAGIC);
     head.extend(MODEL_VERSION.to_le_bytes());
     head.extend((state.model.len() as u64).to_le_bytes());
     head.extend((state.server.len() as u64).to_le_bytes());
-    let pieces = [&head[..], &state.model, &state.server];
-    let hash = || {
-        let mut hasher = blake3::Hasher::new();
-        for piece in pieces {
-            hasher.update(piece);
-        }
-        hasher.finalize()
-    };
-    thread::scope(|scope| {
-        // Beside the writing, if there is a thread to be had.
-        let helper = thread::Builder::new().name("hash".to_owned()).spawn_scoped(scope, hash).ok();
-        put_aside(disk, name, |file| {
-            pieces.iter().try_for_each(|piece| file.put(piece))?;
-            let hashed = helper.map(|helper| helper.join().unwrap_or_else(|panic| resume_unwind(panic)));
-            file.put(hashed.unwrap_or_else(hash).as_bytes())
-        })
-    })?;
+    let hash = blake3::Hasher::new().update(&head).update(&state.server).finalize();
+    let pieces = [&head[..], &state.model, &state.server, hash.as_bytes()];
+    put_aside(disk, name, |file| pieces.into_iter().try_for_each(|piece| file.put(piece)))?;
     Ok(())
 }
 
+/// What the file of a model holds. Whether it is the model that it should be is for [`ModelState::checked`] to say.
 fn read_model(disk: &dyn Disk, name: &str) -> Result<ModelState, ModelError> {
     let mut input = match disk.read(name, 0) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(ModelError::damaged(GONE)),
@@ -896,7 +882,8 @@ fn read_model(disk: &dyn Disk, name: &str) -> Result<ModelState, ModelError> {
     };
     let head = read_exactly(&mut input, name, MODEL_HEAD_BYTES as u64)?;
     let number = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().expect("8 bytes"));
-    if !head.starts_with(MODEL_MAGIC) || head[8..12] != MODEL_VERSION.to_le_bytes() {
+    let version = u32::from_le_bytes(head[8..12].try_into().expect("4 bytes"));
+    if !head.starts_with(MODEL_MAGIC) || !(1..=MODEL_VERSION).contains(&version) {
         return Err(ModelError::damaged("it is not a model of this version"));
     }
     let (model_bytes, server_bytes) = (number(12), number(20));
@@ -906,9 +893,12 @@ fn read_model(disk: &dyn Disk, name: &str) -> Result<ModelState, ModelError> {
     let model = read_exactly(&mut input, name, model_bytes)?;
     let server = read_exactly(&mut input, name, server_bytes)?;
     let mut hasher = blake3::Hasher::new();
-    for piece in [&head, &model, &server] {
-        hasher.update(piece);
+    hasher.update(&head);
+    // The first version hashed the model a second time.
+    if version == 1 {
+        hasher.update(&model);
     }
+    hasher.update(&server);
     if read_exactly(&mut input, name, 32)? != hasher.finalize().as_bytes() {
         return Err(ModelError::damaged("its hash does not fit its content"));
     }
@@ -1621,6 +1611,22 @@ mod tests {
         assert_eq!(open(&disk).unwrap().state, Some(redone));
         names(&disk, "model-").iter().for_each(|name| disk.flip(name, 500, 1));
         assert!(matches!(open(&disk), Err(StoreError::NoModel)));
+    }
+
+    #[test]
+    fn a_model_of_the_first_version_is_read_and_its_own_hash_counts() {
+        let (mut disk, _) = run_of(3, 1000);
+        let newest = names(&disk, "model-").pop().unwrap();
+        let mut file = disk.content(&newest).to_vec();
+        file.truncate(file.len() - 32);
+        file[8..12].copy_from_slice(&1_u32.to_le_bytes());
+        let hash = *blake3::hash(&file).as_bytes();
+        disk.remove(&newest).unwrap();
+        disk.append(&newest, &[&file[..], &hash].concat()).unwrap();
+        assert_eq!(open(&disk).unwrap().state, Some(model(3, 1000)));
+        // A byte of the server's state, which no other hash covers.
+        disk.flip(&newest, file.len() - 1, 1);
+        assert_eq!(open(&disk).unwrap().state, Some(model(2, 1000)));
     }
 
     #[test]
