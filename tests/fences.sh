@@ -51,7 +51,7 @@ present tributary-transport rustls
 present tributary-learning candle-core
 present tributary-transport aws-lc-rs
 
-for name in tokio quinn quinn-proto rustls "candle.*" getrandom; do
+for name in tokio quinn quinn-proto rustls "candle.*" getrandom aws-lc-rs; do
     absent tributary-protocol "$name"
 done
 for name in tokio quinn quinn-proto rustls; do

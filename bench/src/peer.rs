@@ -17,7 +17,7 @@ use protocol::messages::{
     decode, encode,
 };
 use protocol::session::record::{RECORD_HEADER_BYTES, RECORD_TAG_BYTES};
-use protocol::session::sign::{MANIFEST_CONTEXT, sign};
+use protocol::session::sign::MANIFEST_CONTEXT;
 use protocol::session::{Flag, MessageAssembler, Opener, Sealer, Session};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -166,7 +166,7 @@ impl Peer {
     pub(crate) async fn offer(&mut self, assigned: &Assigned, payload: &Payload) {
         let manifest = self.manifest(assigned, payload);
         let bytes = encode(&manifest);
-        let signature = sign(MANIFEST_CONTEXT, self.papers.identity.signing_key(), &bytes).to_vec();
+        let signature = self.papers.identity.sign(MANIFEST_CONTEXT, &bytes).to_vec();
         self.say(&FromWorker::Offer(Signed { bytes, signature })).await;
         if (1..=PAYLOAD_AT_ONCE_BYTES_MAX).contains(&manifest.bytes) {
             self.upload(assigned.task, payload, 0, u64::MAX);
@@ -276,7 +276,7 @@ impl Peer {
     /// Only the offer: what it is for is over, and all that is wanted is the answer.
     async fn offer_again(&mut self, manifest: &Manifest) {
         let bytes = encode(manifest);
-        let signature = sign(MANIFEST_CONTEXT, self.papers.identity.signing_key(), &bytes).to_vec();
+        let signature = self.papers.identity.sign(MANIFEST_CONTEXT, &bytes).to_vec();
         self.say(&FromWorker::Offer(Signed { bytes, signature })).await;
     }
 }

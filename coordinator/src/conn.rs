@@ -22,7 +22,7 @@ use protocol::messages::{
     DecodeError, Download, EnrolAnswer, FromWorker, Hello, HelloRefused, Leave, Manifest, PROTOCOL_VERSION, Receipt,
     Refusal, Role, Signed, ToWorker, Upload, decode, encode, printable,
 };
-use protocol::session::sign::{MANIFEST_CONTEXT, RECEIPT_CONTEXT, sign, verify};
+use protocol::session::sign::{MANIFEST_CONTEXT, PublicKey, RECEIPT_CONTEXT};
 use protocol::session::{
     Acquaintance, Flag, HandshakeError, MessageAssembler, Opener, RecordError, Responder, Sealer, Session,
     StaticSecret, StreamError, prologue,
@@ -503,6 +503,23 @@ impl ControlReader {
     }
 }
 
+/// Who signs what a worker offers.
+struct Signer {
+    key: [u8; 32],
+    /// The point that it stands for, five times as large, once there was something to verify.
+    read: Option<Box<PublicKey>>,
+}
+
+impl Signer {
+    fn has_signed(&mut self, manifest: &Signed) -> bool {
+        if self.read.is_none() {
+            self.read = PublicKey::read(&self.key).ok().map(Box::new);
+        }
+        let (Some(key), Ok(signature)) = (&self.read, manifest.signature[..].try_into()) else { return false };
+        key.verify(MANIFEST_CONTEXT, &manifest.bytes, signature).is_ok()
+    }
+}
+
 /// What the tasks of one connection share.
 #[derive(Clone)]
 struct Peer {
@@ -534,9 +551,10 @@ impl Peer {
     // --- in ---
 
     async fn read(self, mut control: ControlReader, key: [u8; 32]) {
+        let mut signer = Signer { key, read: None };
         loop {
             let (event, is_last) = match control.next().await {
-                Ok(Some(message)) => (self.heard(message, &key), false),
+                Ok(Some(message)) => (self.heard(message, &mut signer), false),
                 Err(ReadError::Message(error)) => (self.misbehaved(&error), true),
                 // The worker has said its last word; what it is told may still be on its way.
                 Ok(None) => return,
@@ -557,9 +575,9 @@ impl Peer {
     }
 
     /// What the event loop learns of a message.
-    fn heard(&self, message: FromWorker, key: &[u8; 32]) -> FromConn {
+    fn heard(&self, message: FromWorker, signer: &mut Signer) -> FromConn {
         match message {
-            FromWorker::Offer(signed) => self.offered(&signed, key),
+            FromWorker::Offer(signed) => self.offered(&signed, signer),
             FromWorker::Leaving(leave) => self.leaving(leave),
             message => FromConn::Said(self.conn, message),
         }
@@ -583,14 +601,12 @@ impl Peer {
         FromConn::Said(self.conn, FromWorker::Leaving(leave))
     }
 
-    fn offered(&self, signed: &Signed, key: &[u8; 32]) -> FromConn {
+    fn offered(&self, signed: &Signed, signer: &mut Signer) -> FromConn {
         let manifest = match decode::<Manifest>(&signed.bytes) {
             Ok(manifest) => Box::new(manifest),
             Err(error) => return self.misbehaved(&error),
         };
-        let signature = <[u8; 64]>::try_from(&signed.signature[..]).ok();
-        let authentic = signature.is_some_and(|s| verify(MANIFEST_CONTEXT, key, &signed.bytes, &s).is_ok());
-        FromConn::Offered(self.conn, manifest, authentic)
+        FromConn::Offered(self.conn, manifest, signer.has_signed(signed))
     }
 
     /// QUIC bounds how many there are at once.
@@ -743,7 +759,7 @@ impl Peer {
 
     fn signed(&self, receipt: &Receipt) -> ToWorker {
         let bytes = encode(receipt);
-        let signature = sign(RECEIPT_CONTEXT, self.door.identity.signing.signing_key(), &bytes).to_vec();
+        let signature = self.door.identity.signing.sign(RECEIPT_CONTEXT, &bytes).to_vec();
         ToWorker::Receipt(Signed { bytes, signature })
     }
 

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use data_encoding::HEXLOWER;
 use protocol::ids::{Hash, RunId};
 use protocol::messages::{DecodeError, Receipt, Signed, decode};
-use protocol::session::sign::{RECEIPT_CONTEXT, SignatureError, verify};
+use protocol::session::sign::{PublicKey, RECEIPT_CONTEXT, SignatureError};
 
 use crate::files::{self, FileError};
 
@@ -49,10 +49,10 @@ pub enum ReceiptError {
 ///
 /// # Errors
 /// If it was not signed by the holder of `coordinator`, or is no receipt.
-pub fn open(coordinator: &[u8; 32], signed: &Signed) -> Result<Receipt, ReceiptError> {
+pub fn open(coordinator: &PublicKey, signed: &Signed) -> Result<Receipt, ReceiptError> {
     let length = |_| ReceiptError::Length { got: signed.signature.len() };
     let signature: &[u8; 64] = signed.signature.as_slice().try_into().map_err(length)?;
-    verify(RECEIPT_CONTEXT, coordinator, &signed.bytes, signature)?;
+    coordinator.verify(RECEIPT_CONTEXT, &signed.bytes, signature)?;
     Ok(decode(&signed.bytes)?)
 }
 
@@ -65,7 +65,7 @@ pub fn open_line(line: &str) -> Result<([u8; 32], Receipt), ReceiptError> {
     let mut next = || fields.next().flatten().ok_or(ReceiptError::Line);
     let coordinator = <[u8; 32]>::try_from(next()?).map_err(|_| ReceiptError::Line)?;
     let signed = Signed { signature: next()?, bytes: next()? };
-    Ok((coordinator, open(&coordinator, &signed)?))
+    Ok((coordinator, open(&PublicKey::read(&coordinator)?, &signed)?))
 }
 
 /// Why a log of receipts does not stand.
@@ -339,14 +339,13 @@ mod tests {
 
     #[test]
     fn a_changed_or_foreign_receipt_is_refused() {
-        let public = key().verifying_key().to_bytes();
+        let public = |key: SigningKey| PublicKey::read(key.verifying_key().as_bytes()).unwrap();
         let mut changed = signed(1);
         changed.bytes[0] ^= 1;
-        assert_eq!(open(&public, &changed), Err(ReceiptError::Signature(SignatureError::Mismatch)));
-        let other = SigningKey::from_bytes(&[8; 32]).verifying_key().to_bytes();
-        assert!(open(&other, &signed(1)).is_err());
+        assert_eq!(open(&public(key()), &changed), Err(ReceiptError::Signature(SignatureError::Mismatch)));
+        assert!(open(&public(SigningKey::from_bytes(&[8; 32])), &signed(1)).is_err());
         let short = Signed { signature: vec![0; 63], ..signed(1) };
-        assert_eq!(open(&public, &short), Err(ReceiptError::Length { got: 63 }));
+        assert_eq!(open(&public(key()), &short), Err(ReceiptError::Length { got: 63 }));
         assert_eq!(open_line("zz 00"), Err(ReceiptError::Line));
     }
 }

@@ -26,7 +26,7 @@ use protocol::messages::{
     Assigned, ContentRef, Encoding, FromWorker, Manifest, Receipt, Signed, ToWorker, Upload, Welcome, encode, printable,
 };
 use protocol::pages;
-use protocol::session::sign::{MANIFEST_CONTEXT, sign};
+use protocol::session::sign::{MANIFEST_CONTEXT, PublicKey};
 use tokio::sync::mpsc;
 use transport::{Client, ClientOptions, CloseCode, RecvStream};
 
@@ -37,7 +37,7 @@ use crate::error::{WorkerError, sentence};
 use crate::keeper::{self, DataMark, Keeper, Origin, Restored};
 use crate::link::{FromLink, Link, LinkEnd, LinkError, patience};
 use crate::options::{Hooks, Options};
-use crate::receipts::{self, ReceiptLog};
+use crate::receipts::{self, ReceiptError, ReceiptLog};
 use crate::report::{Line, Report};
 use crate::state::{Keys, State};
 use crate::trainer::{Bounds, FromTrainer, Job, Order, RowCounts, Trainer};
@@ -198,6 +198,8 @@ struct Shell {
     keeper: Keeper,
     receipt_directory: PathBuf,
     receipts: Option<ReceiptLog>,
+    /// The coordinator's key as `welcome` names it, once a receipt came.
+    signer: Option<PublicKey>,
     /// Receipts that came and were not looked at: nobody waits for that, and the next task goes first.
     unread: VecDeque<Signed>,
     /// What came of a task that was done at once.
@@ -262,6 +264,7 @@ impl Shell {
             keeper,
             receipt_directory: state.receipts(),
             receipts: None,
+            signer: None,
             unread: VecDeque::new(),
             done: VecDeque::new(),
             receipt_count: 0,
@@ -559,7 +562,7 @@ impl Shell {
             ToWorker::Welcome(welcome) => {
                 self.receipts.take_if(|log| !log.is_of(welcome.run));
                 self.receipts.get_or_insert_with(|| ReceiptLog::new(self.receipt_directory.clone(), welcome.run));
-                self.welcome = Some(welcome.clone());
+                (self.welcome, self.signer) = (Some(welcome.clone()), None);
             }
             ToWorker::Assigned(assigned) => self.assigned = Some(assigned.clone()),
             ToWorker::GoingAway => self.going_away = true,
@@ -582,7 +585,11 @@ impl Shell {
     /// Checks a receipt and keeps it. One that does not verify is worth an end: the coordinator is not who it was.
     fn receipted(&mut self, signed: &Signed) -> Result<(), WorkerError> {
         let Some(welcome) = &self.welcome else { return Ok(()) };
-        let receipt = receipts::open(&welcome.ed25519, signed)?;
+        let signer = match &mut self.signer {
+            Some(signer) => signer,
+            none => none.insert(PublicKey::read(&welcome.ed25519).map_err(ReceiptError::from)?),
+        };
+        let receipt = receipts::open(signer, signed)?;
         if self.receipts.as_mut().is_some_and(|log| log.add(&welcome.ed25519, signed)) {
             self.write_receipts();
             self.receipt_count += 1;
@@ -821,7 +828,7 @@ fn sign_offer(keys: &Keys, hooks: &Hooks, mut manifest: Manifest, payload: &mut 
         *payload = bytes.into();
     }
     let bytes = encode(&manifest);
-    let mut signature = sign(MANIFEST_CONTEXT, keys.identity.signing_key(), &bytes);
+    let mut signature = keys.identity.sign(MANIFEST_CONTEXT, &bytes);
     if let Some(hook) = &hooks.on_signature {
         hook(&mut signature);
     }

@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use certs::IdentityKey;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
@@ -220,9 +221,11 @@ fn append_and_sync(directory: &Path, bytes: usize, pause: Duration) -> Result<Sa
 
 /// Seconds to make a signature and to verify it, of as many bytes as a manifest has.
 fn signature_seconds() -> (f64, f64) {
-    use protocol::session::sign::{MANIFEST_CONTEXT, SigningKey, sign, verify};
+    use protocol::session::sign::{MANIFEST_CONTEXT, PublicKey, SigningKey};
     let (key, bytes) = (SigningKey::from_bytes(&[7; 32]), [3; 300]);
-    let (public, signature) = (key.verifying_key().to_bytes(), sign(MANIFEST_CONTEXT, &key, &bytes));
+    let public = PublicKey::read(key.verifying_key().as_bytes()).expect("it was made from a key");
+    let key = IdentityKey::from(key);
+    let signature = key.sign(MANIFEST_CONTEXT, &bytes);
     let median = |work: &dyn Fn() -> bool| {
         let mut seconds = Samples::default();
         for _ in 0..500 {
@@ -232,8 +235,8 @@ fn signature_seconds() -> (f64, f64) {
         }
         seconds.median()
     };
-    let made = median(&|| sign(MANIFEST_CONTEXT, &key, &bytes) == signature);
-    (made, median(&|| verify(MANIFEST_CONTEXT, &public, &bytes, &signature).is_ok()))
+    let made = median(&|| key.sign(MANIFEST_CONTEXT, &bytes) == signature);
+    (made, median(&|| public.verify(MANIFEST_CONTEXT, &bytes, &signature).is_ok()))
 }
 
 /// Seconds from a message to a thread that sleeps until it has it: half of what it takes there and back.

@@ -28,7 +28,7 @@ use protocol::messages::{
     Manifest, Metrics, Receipt, Role, Signed, TaskKind, ToWorker, Upload, decode, encode,
 };
 use protocol::session::Flag;
-use protocol::session::sign::{MANIFEST_CONTEXT, sign};
+use protocol::session::sign::MANIFEST_CONTEXT;
 use protocol::sum::{Ring, Sum, Verifier};
 use rustls::crypto::aws_lc_rs;
 use transport::{Alpn, CloseCode, Direction, Ended, Frame, Tap, Taps, TlsIdentity};
@@ -544,7 +544,7 @@ fn manifest(run: protocol::ids::RunId, papers: &Papers, assigned: &Assigned, pay
 
 fn offer(papers: &Papers, manifest: &Manifest) -> FromWorker {
     let bytes = encode(manifest);
-    let signature = sign(MANIFEST_CONTEXT, papers.identity.signing_key(), &bytes).to_vec();
+    let signature = papers.identity.sign(MANIFEST_CONTEXT, &bytes).to_vec();
     FromWorker::Offer(Signed { bytes, signature })
 }
 

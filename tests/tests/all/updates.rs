@@ -11,7 +11,7 @@ use protocol::ids::{Hash, RunId, TaskId, WorkerId};
 use protocol::layout::to_bytes;
 use protocol::limits::{EXAMPLES_MAX, ROWS_BYTES_MAX, SURVEY_BYTES_MAX};
 use protocol::messages::{Encoding, Manifest, Refusal, Signed, TaskKind, encode};
-use protocol::session::sign::{MANIFEST_CONTEXT, RECEIPT_CONTEXT, verify};
+use protocol::session::sign::{MANIFEST_CONTEXT, PublicKey, RECEIPT_CONTEXT, verify};
 use protocol::sum::Ring;
 use tributary_tests::data;
 use tributary_tests::live::{LiveFleet, MEMBERS, ROWS, paced};
@@ -289,7 +289,7 @@ fn assert_no_flipped_bit_verifies(coordinator: &[u8; 32], line: &str) {
             Some(place) => &mut changed.bytes[place],
         };
         *byte ^= 1 << (bit % 8);
-        assert!(receipts::open(coordinator, &changed).is_err(), "bit {bit}");
+        assert!(receipts::open(&PublicKey::read(coordinator).unwrap(), &changed).is_err(), "bit {bit}");
     }
 }
 

@@ -19,7 +19,7 @@ use protocol::messages::{
 };
 use protocol::plan::{LearningPlan, Mode};
 use protocol::session::broadcast::seal_content;
-use protocol::session::sign::{MANIFEST_CONTEXT, RECEIPT_CONTEXT, sign, verify};
+use protocol::session::sign::{MANIFEST_CONTEXT, RECEIPT_CONTEXT, verify};
 use protocol::session::{
     Established, Flag, MessageAssembler, Opener, Responder, Sealer, Session, StaticSecret, prologue,
 };
@@ -553,7 +553,7 @@ impl Peer<'_> {
     async fn give_receipt_by(&mut self, key: &IdentityKey, manifest: &Manifest) {
         let Manifest { run, worker, task, hash, .. } = *manifest;
         let bytes = encode(&Receipt { run, worker, task, hash, round: 1, model_hash: Hash([5; 32]) });
-        let signature = sign(RECEIPT_CONTEXT, key.signing_key(), &bytes).to_vec();
+        let signature = key.sign(RECEIPT_CONTEXT, &bytes).to_vec();
         self.say(ToWorker::Receipt(Signed { bytes, signature })).await;
     }
 }
