@@ -28,9 +28,10 @@ use protocol::session::{
     StaticSecret, StreamError, prologue,
 };
 use sha2::{Digest as _, Sha256};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::futures::Notified;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{timeout, timeout_at};
+use tokio::time::timeout;
 use transport::{Accepted, Alpn, CloseCode, Connection, Frame, Handshake, RecvStream, SendStream, Server};
 use zeroize::Zeroizing;
 
@@ -175,6 +176,34 @@ pub struct Door {
     pub short_of_room: watch::Sender<usize>,
     /// The workers that were here since the start.
     pub acquaintances: Acquaintances,
+    /// How long words wait for company.
+    pub patience: Patience,
+}
+
+/// When those have waited long enough who wait for something to travel with: all at once. A timer of each would be a system
+/// call of each in every round.
+#[derive(Debug, Default)]
+pub struct Patience {
+    asked: Notify,
+    ends: Notify,
+}
+
+impl Patience {
+    /// Completes within [`UNHURRIED_MAX`].
+    fn over(&self) -> Notified<'_> {
+        let ends = self.ends.notified();
+        self.asked.notify_one();
+        ends
+    }
+
+    /// Looks at the clock for all.
+    pub(crate) async fn watch(&self) {
+        loop {
+            self.asked.notified().await;
+            tokio::time::sleep(UNHURRIED_MAX).await;
+            self.ends.notify_waiters();
+        }
+    }
 }
 
 /// What was agreed with workers that were here before: at most one for each that is enrolled.
@@ -794,18 +823,19 @@ impl Peer {
 
 /// What speaks to one worker.
 ///
-/// Whatever is to be said at the same time leaves together. That something is held is what nobody waits for: it waits for
-/// the next thing to be said, at most [`UNHURRIED_MAX`].
+/// Whatever is to be said at the same time leaves together. That something is held, and a receipt, are what nobody waits
+/// for: they wait for the next thing to be said, at most [`UNHURRIED_MAX`]. A receipt is signed when nobody else has
+/// anything to do, and the next task does not wait for it.
 struct Voice {
     peer: Peer,
     send: SendStream,
     sealer: Sealer,
     downloads: JoinSet<()>,
     unhurried: Vec<ToWorker>,
-    /// A receipt that was signed ahead of its commit, and may not be said before.
-    foreseen: Option<Box<(Receipt, ToWorker)>>,
-    /// Since when the first of them waits.
-    since: Instant,
+    /// Receipts that may be said, and are not signed.
+    owed: Vec<Receipt>,
+    /// A receipt that may be signed ahead of its commit, and not said before.
+    foreseen: Option<Box<(Receipt, Option<ToWorker>)>>,
     /// What is sealed and not written.
     out: Vec<u8>,
 }
@@ -816,8 +846,8 @@ struct Mute(CloseCode, String);
 impl Voice {
     fn new(peer: Peer, send: SendStream, sealer: Sealer) -> Self {
         let (unhurried, out) = (Vec::new(), Vec::new());
-        let (downloads, since) = (JoinSet::new(), Instant::now());
-        Self { peer, send, sealer, downloads, unhurried, foreseen: None, since, out }
+        let downloads = JoinSet::new();
+        Self { peer, send, sealer, downloads, unhurried, owed: Vec::new(), foreseen: None, out }
     }
 
     /// Says what is to be said, in order, and then goodbye.
@@ -843,12 +873,26 @@ impl Voice {
 
     /// Seals all that is to be said by now.
     async fn turn(&mut self, queue: &mut mpsc::Receiver<Box<Saying>>) -> Result<(), Mute> {
-        let mut next = match self.is_patient() {
-            true => queue.recv().await,
-            false => match timeout_at((self.since + UNHURRIED_MAX).into(), queue.recv()).await {
-                Ok(next) => next,
-                Err(_) => return self.hurry(),
-            },
+        let mut next = if self.has_to_sign() {
+            tokio::select! {
+                biased;
+                next = queue.recv() => next,
+                // What others are to be told goes first, too.
+                () = tokio::task::yield_now() => {
+                    self.sign();
+                    return Ok(());
+                }
+            }
+        } else if self.is_patient() {
+            queue.recv().await
+        } else {
+            let patience = &self.peer.door.patience;
+            let over = patience.over();
+            tokio::select! {
+                biased;
+                next = queue.recv() => next,
+                () = over => return self.hurry(),
+            }
         };
         loop {
             let Some(saying) = next else {
@@ -866,27 +910,42 @@ impl Voice {
 
     /// Whether nothing waits to be said.
     fn is_patient(&self) -> bool {
-        self.unhurried.is_empty()
+        self.unhurried.is_empty() && self.owed.is_empty()
+    }
+
+    fn has_to_sign(&self) -> bool {
+        !self.owed.is_empty() || self.foreseen.as_ref().is_some_and(|foreseen| foreseen.1.is_none())
+    }
+
+    fn sign(&mut self) {
+        let Self { peer, owed, unhurried, foreseen, .. } = self;
+        unhurried.extend(owed.drain(..).map(|receipt| peer.signed(&receipt)));
+        if let Some((receipt, signed)) = foreseen.as_deref_mut() {
+            signed.get_or_insert_with(|| peer.signed(receipt));
+        }
     }
 
     fn take(&mut self, saying: Saying) -> Result<(), Mute> {
         match saying {
             Saying::Message(message @ ToWorker::Held { .. }) => {
-                self.wait();
                 self.unhurried.push(message);
                 Ok(())
             }
-            // Never later than the next task: were it lost in a crash, only the receipt of the last round is given again.
+            // It leaves with the task after the next one at the latest: were two lost in a crash, both are given again.
             Saying::Receipt(receipt) => {
-                self.hurry()?;
-                let foreseen = self.foreseen.take().filter(|foreseen| foreseen.0 == receipt);
-                let message = foreseen.map_or_else(|| self.peer.signed(&receipt), |foreseen| foreseen.1);
-                self.seal(&message)
+                match self.foreseen.take().filter(|foreseen| foreseen.0 == receipt).and_then(|foreseen| foreseen.1) {
+                    Some(signed) => self.unhurried.push(signed),
+                    None => self.owed.push(receipt),
+                }
+                Ok(())
             }
             Saying::Foreseen(receipt) => {
-                let message = self.peer.signed(&receipt);
-                self.foreseen = Some(Box::new((receipt, message)));
+                self.foreseen = Some(Box::new((receipt, None)));
                 Ok(())
+            }
+            Saying::Message(message @ ToWorker::Assigned(_)) => {
+                self.seal_unhurried()?;
+                self.seal(&message)
             }
             Saying::Message(message) => {
                 self.hurry()?;
@@ -900,14 +959,13 @@ impl Voice {
         }
     }
 
-    fn wait(&mut self) {
-        if self.is_patient() {
-            self.since = Instant::now();
-        }
+    /// Seals what waited, and what is still to be signed, too.
+    fn hurry(&mut self) -> Result<(), Mute> {
+        self.sign();
+        self.seal_unhurried()
     }
 
-    /// Seals what waited, too.
-    fn hurry(&mut self) -> Result<(), Mute> {
+    fn seal_unhurried(&mut self) -> Result<(), Mute> {
         let unhurried = std::mem::take(&mut self.unhurried);
         unhurried.iter().try_for_each(|message| self.seal(message))
     }

@@ -6,14 +6,15 @@
 //! cryptography in the tasks of connections ([`crate::conn`]), payloads on the compute pool ([`crate::intake`]), tensors
 //! and disk in the workshop ([`crate::workshop`]). The loop never waits for any of them.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::future::Future;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use learning::Schema;
@@ -22,7 +23,8 @@ use protocol::federation::{Act, Assignment, Event, EventNo, Federation, Gone, In
 use protocol::ids::{ConnId, ContentId, Hash, TaskId, Time, WorkerId};
 use protocol::limits::RESUME_BYTES_MIN;
 use protocol::messages::{Assigned, ContentRef, PROTOCOL_VERSION, ToWorker, Upload, Welcome};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use transport::{CloseCode, Connection, LinkStats, TrafficTotals};
 
 use crate::conn::{Door, FromConn, Joined, Received, Saying, Ticket, on_compute_pool};
@@ -47,6 +49,9 @@ const PAGE_EVERY_A_WORKER: Duration = Duration::from_micros(10);
 
 /// How long what was done by whoever gave it may wait to be written, so that a sync takes it along.
 const WRITTEN_AFTER: Duration = Duration::from_millis(2);
+
+/// Events that may wait to be told until there is nothing better to do: those of some rounds.
+const UNTOLD_MAX: usize = 256;
 
 /// How long goodbyes may take altogether.
 const PARTING_MAX: Duration = Duration::from_secs(5);
@@ -141,6 +146,8 @@ pub struct Fleet {
     revoked: BTreeSet<WorkerId>,
     /// Who does not read what it is told.
     deaf: Vec<ConnId>,
+    /// What people and programs are told when workers have been.
+    untold: VecDeque<Event>,
     course: Course,
     room: Room,
     seen: Seen,
@@ -269,6 +276,7 @@ impl Fleet {
             newest: None,
             revoked: BTreeSet::new(),
             deaf: Vec::new(),
+            untold: VecDeque::new(),
             course: Course::Running,
             room: Room::default(),
             seen: Seen::default(),
@@ -286,13 +294,18 @@ impl Fleet {
         let (mut stopped, mut workshop_lives) = (false, true);
         let mut short_of_room = self.world.door.short_of_room.subscribe();
         let mut look = tokio::time::interval(LOOK_EVERY);
+        let leisure = Leisure::default();
         self.await_workshop(&mut inbox).await;
-        self.drain();
+        self.drain_all(&leisure).await;
         while !self.has_parted() {
+            let mut answers = false;
             tokio::select! {
                 Some(event) = inbox.connections.recv(), if !self.core.is_full() => self.hear(event),
                 done = inbox.workshop.recv(), if workshop_lives => match done {
-                    Some(done) => self.take_in(done),
+                    Some(done) => {
+                        answers = matches!(done, Done::Synced { .. });
+                        self.take_in(done);
+                    }
                     None => {
                         workshop_lives = false;
                         self.part(CloseCode::Internal, Err(FleetError::NoWorkshop));
@@ -305,7 +318,7 @@ impl Fleet {
                 _ = look.tick() => self.look_around(),
                 () = sleep_till(self.page.due) => self.make_page(),
                 // Nobody is held up: what was said to workers goes first.
-                () = tokio::task::yield_now(), if self.world.show.has_lines() => self.world.show.flush(),
+                () = leisure.come() => self.show().flush(),
                 () = sleep_till(self.collected.looked_at) => {
                     if self.collected.is_ripe() {
                         self.world.workshop.write();
@@ -313,13 +326,16 @@ impl Fleet {
                 }
                 () = &mut shutdown, if !stopped => {
                     stopped = true;
-                    self.world.show.say("going away; everything is kept");
+                    self.show().say("going away; everything is kept");
                     self.input(Input::Stop);
                 }
             }
-            self.drain();
+            self.drain_all(&leisure).await;
+            if answers {
+                crash::point("answer.after");
+            }
         }
-        self.world.show.flush();
+        self.show().flush();
         self.close_workshop(inbox.workshop).await
     }
 
@@ -359,23 +375,48 @@ impl Fleet {
 
     // --- outputs ---
 
-    /// Does all that is to be done now.
-    fn drain(&mut self) {
+    /// Does all that is to be done now. Whoever is told of a task begins while the next one is told.
+    async fn drain_all(&mut self, leisure: &Leisure) {
+        while self.drain() {
+            turn().await;
+        }
+        if self.untold.len() > UNTOLD_MAX {
+            self.show().flush();
+        } else if !self.untold.is_empty() || self.world.show.has_lines() {
+            leisure.ask();
+        }
+        self.collected.look(self.world.workshop.has_collected());
+    }
+
+    /// Does what is to be done now, up to a task that a worker is told of. Whether there may be more.
+    fn drain(&mut self) -> bool {
         loop {
             while let Some(effect) = self.core.next() {
                 self.page.is_stale = true;
                 match effect {
                     Effect::Job(job) => self.job(job),
-                    Effect::Tell(event) => self.tell(event),
-                    Effect::Act(act) => self.act(act),
+                    Effect::Tell(event) => self.untold.push_back(event),
+                    Effect::Act(act) => {
+                        let assigns = matches!(act, Act::Assign { .. });
+                        self.act(act);
+                        if assigns {
+                            return true;
+                        }
+                    }
                     Effect::Foresee(conn, receipt) => self.say(conn, Saying::Foreseen(receipt)),
                 }
             }
-            let Some(conn) = self.deaf.pop() else { break };
+            let Some(conn) = self.deaf.pop() else { return false };
             self.input(Input::Misbehaved { conn, what: "it does not read".to_owned() });
         }
-        self.world.show.keep_up();
-        self.collected.look(self.world.workshop.has_collected());
+    }
+
+    /// What people and programs see, by now.
+    fn show(&mut self) -> &mut Show {
+        while let Some(event) = self.untold.pop_front() {
+            self.tell(event);
+        }
+        &mut self.world.show
     }
 
     /// Tells people and programs what happened.
@@ -518,7 +559,7 @@ impl Fleet {
             return;
         }
         self.course = Course::Parting { until: Instant::now() + PARTING_MAX, outcome };
-        self.world.show.is_ending();
+        self.show().is_ending();
         let everybody: Vec<ConnId> = self.peers.keys().copied().collect();
         for conn in everybody {
             self.dismiss(conn, code, String::new());
@@ -653,8 +694,6 @@ impl Fleet {
         metrics.journal_bytes.increment(bytes);
         crash::point("answer.before");
         self.core.synced(no);
-        self.drain();
-        crash::point("answer.after");
     }
 
     fn written(&mut self, path: &Path) {
@@ -662,12 +701,12 @@ impl Fleet {
         self.course = Course::Lingering;
         let status = self.core.machine().status();
         if let Some(model) = status.model {
-            self.world.show.done(status.round, &evaluation, model, path);
+            self.show().done(status.round, &evaluation, model, path);
         }
         if self.world.exit_when_done {
             self.part(CloseCode::Done, Ok(Outcome::Finished));
         } else {
-            self.world.show.say("workers may come for the result; /metrics is served until Ctrl-C");
+            self.show().say("workers may come for the result; /metrics is served until Ctrl-C");
         }
     }
 
@@ -907,6 +946,54 @@ impl Uploads {
 }
 
 /// Sleeps until `alarm`, which counts from `began`; for ever without one.
+/// Lets everybody have a turn who is to have one now.
+async fn turn() {
+    let mut had = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut had, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
+/// Says when nobody has anything to do, to who asked for it. A task of its own finds out: one that is woken for other
+/// reasons, too, cannot tell why.
+#[derive(Debug)]
+struct Leisure {
+    asked: Arc<Notify>,
+    come: Arc<Notify>,
+    _watch: JoinSet<()>,
+}
+
+impl Default for Leisure {
+    fn default() -> Self {
+        let (asked, come) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (ask, say) = (Arc::clone(&asked), Arc::clone(&come));
+        let mut watch = JoinSet::new();
+        watch.spawn(async move {
+            loop {
+                ask.notified().await;
+                tokio::task::yield_now().await;
+                say.notify_one();
+            }
+        });
+        Self { asked, come, _watch: watch }
+    }
+}
+
+impl Leisure {
+    fn ask(&self) {
+        self.asked.notify_one();
+    }
+
+    async fn come(&self) {
+        self.come.notified().await;
+    }
+}
+
 async fn sleep_until(began: Instant, alarm: Option<Time>) {
     sleep_till(alarm.map(|Time(nanos)| began + Duration::from_nanos(nanos))).await;
 }

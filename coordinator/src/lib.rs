@@ -47,7 +47,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use transport::{CloseCode, ResetKeys, Server, ServerOptions, SetupError, Taps, TlsIdentity};
 
 use crate::cli::RunSettings;
-use crate::conn::{Acquaintances, Door, FromConn};
+use crate::conn::{Acquaintances, Door, FromConn, Patience};
 use crate::control::{Command, Desk};
 use crate::enrol::{Registrar, RegistrarError, write_invitation};
 pub use crate::fleet::Outcome;
@@ -326,7 +326,7 @@ struct Running {
     door: Arc<Door>,
     /// Dropped, it ends HTTP in order.
     http: oneshot::Sender<()>,
-    tasks: [JoinHandle<()>; 4],
+    tasks: [JoinHandle<()>; 5],
 }
 
 impl Helpers {
@@ -346,13 +346,27 @@ impl Helpers {
         let pages = telemetry.clone();
         let short_of_room = watch::Sender::new(0);
         let acquaintances = Acquaintances::default();
-        let door = Door { server, identity, registrar, events, telemetry, listen, count, short_of_room, acquaintances };
+        let patience = Patience::default();
+        let door = Door {
+            server,
+            identity,
+            registrar,
+            events,
+            telemetry,
+            listen,
+            count,
+            short_of_room,
+            acquaintances,
+            patience,
+        };
         let door = Arc::new(door);
+        let clock = Arc::clone(&door);
         let (end, ended) = oneshot::channel::<()>();
         let tasks = [
             tokio::spawn(Arc::clone(&door).open()),
             tokio::spawn(control::serve(control, desk)),
             tokio::spawn(renew(Arc::clone(&door))),
+            tokio::spawn(async move { clock.patience.watch().await }),
             tokio::spawn(async move {
                 // Sent or dropped: both mean the end.
                 let ended = async { drop(ended.await) };

@@ -18,9 +18,6 @@ use crate::intake::is_full;
 /// Lines that may wait for room on the disk that a program has them written to.
 const PENDING_BYTES_MAX: usize = 1 << 20;
 
-/// Lines that may wait until there is nothing better to do.
-const RIPE_MAX: u32 = 16;
-
 /// One line of `--json`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -257,13 +254,6 @@ impl Show {
     #[must_use]
     pub fn has_lines(&self) -> bool {
         self.json.as_ref().is_some_and(|json| json.ripe > 0)
-    }
-
-    /// Writes the lines for a program if there are many: there may be no better time soon.
-    pub fn keep_up(&mut self) {
-        if self.json.as_ref().is_some_and(|json| json.ripe > RIPE_MAX) {
-            self.flush();
-        }
     }
 
     /// Writes the lines for a program that came since the last time. Whoever reads them is woken once.

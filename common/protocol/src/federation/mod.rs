@@ -391,7 +391,7 @@ impl Federation {
         (self.volatile.blocked, self.volatile.fleet_changed) = (false, true);
         let workers = u32::try_from(self.volatile.ready).unwrap_or(u32::MAX);
         self.notice(Notice::Ready { name, workers });
-        self.receipt_of_last(conn, worker);
+        self.receipts_of_last(conn, worker);
         match &self.durable.phase {
             Phase::Finished(_) => self.let_go(conn),
             Phase::Aborted => self.send(conn, ToWorker::Aborted),

@@ -373,17 +373,18 @@ impl Federation {
         }
     }
 
-    /// A worker that died between the commit and its receipt may have nothing left to ask with. Of a round that is made
-    /// again nobody is told to delete anything.
-    pub(super) fn receipt_of_last(&mut self, conn: ConnId, worker: WorkerId) {
-        let last = self.durable.latest.get(&worker).and_then(|task| self.durable.committed.get(task));
-        let Some(&(round, Entry { task, hash, .. })) = last else { return };
+    /// A worker that died between the commit and its receipt may have nothing left to ask with; and a receipt may follow the
+    /// next task, so that two are on their way. Of a round that is made again nobody is told to delete anything.
+    pub(super) fn receipts_of_last(&mut self, conn: ConnId, worker: WorkerId) {
         if self.durable.is_redoing() {
             return;
         }
-        let Some(model_hash) = self.durable.model_of(round) else { return };
-        let receipt = Receipt { run: self.durable.run, worker, task, hash, round, model_hash };
-        self.act_on_commit(Act::Receipt { conn, receipt });
+        for task in self.durable.latest.get(&worker).copied().unwrap_or_default().into_iter().flatten() {
+            let Some(&(round, Entry { hash, .. })) = self.durable.committed.get(&task) else { continue };
+            let Some(model_hash) = self.durable.model_of(round) else { continue };
+            let receipt = Receipt { run: self.durable.run, worker, task, hash, round, model_hash };
+            self.act_on_commit(Act::Receipt { conn, receipt });
+        }
     }
 
     /// Everybody who is in gets its open task, as if it had come back now.

@@ -33,8 +33,8 @@ pub(super) struct Durable {
     pub(super) rounds: Vec<Hash>,
     /// Where each committed task is: its round, and its entry.
     pub(super) committed: BTreeMap<TaskId, (u32, Entry)>,
-    /// The newest committed task of each worker.
-    pub(super) latest: BTreeMap<WorkerId, TaskId>,
+    /// The newest committed task of each worker, behind the one before it.
+    pub(super) latest: BTreeMap<WorkerId, [Option<TaskId>; 2]>,
     pub(super) figures: Option<RoundFigures>,
     pub(super) seconds: Vec<f64>,
     /// What was shared, in `central` mode. A restart forgets it.
@@ -361,7 +361,10 @@ impl Durable {
         self.rounds.push(figures.model);
         let round = self.round();
         self.committed.extend(entries.iter().map(|entry| (entry.task, (round, *entry))));
-        self.latest.extend(entries.iter().map(|entry| (entry.worker, entry.task)));
+        for entry in entries {
+            let latest = self.latest.entry(entry.worker).or_default();
+            *latest = [latest[1], Some(entry.task)];
+        }
         self.model = Some(figures.model);
         self.figures = Some(*figures);
         if self.seconds.len() == DURATIONS_KEPT {
