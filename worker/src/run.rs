@@ -13,6 +13,7 @@ use std::io;
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -202,8 +203,8 @@ struct Shell {
     signer: Option<PublicKey>,
     /// Receipts that came and were not looked at: nobody waits for that, and the next task goes first.
     unread: VecDeque<Signed>,
-    /// What came of a task that was done at once.
-    done: VecDeque<FromTrainer>,
+    /// What came of something that was done at once.
+    done: VecDeque<Happening>,
     receipt_count: u64,
     /// The disk does not take receipts, which was said.
     said_unwritten: bool,
@@ -280,11 +281,13 @@ impl Shell {
                 Next::Wait(wait) => wait,
                 Next::Exit(ending) => return self.exit(ending).await,
             };
-            if let Some(assigned) = self.assigned.take() {
-                self.contents.settle(&assigned).into_iter().for_each(|due| self.download(due));
+            if let Some(assigned) = self.assigned.take()
+                && let Some(due) = self.contents.settle(&assigned)
+            {
+                self.download(due);
             }
-            if let Some(report) = self.done.pop_front() {
-                self.take_in_trainer(report)?;
+            if let Some(happening) = self.done.pop_front() {
+                self.take_in(happening)?;
                 continue;
             }
             let pulse = self.pulse();
@@ -420,7 +423,7 @@ impl Shell {
         let task = assigned.task;
         let done = self.trainer.work(Order { assigned: assigned.clone(), needs, bounds, job: Arc::clone(&job) });
         self.work = Work::Going(task, job);
-        self.done.extend(done);
+        self.done.extend(done.into_iter().map(Happening::Trainer));
     }
 
     fn cancel(&mut self) {
@@ -458,17 +461,28 @@ impl Shell {
         });
     }
 
-    fn download(&self, due: Due<RecvStream>) {
-        let (reports, number) = (self.reports.clone(), self.link_number);
-        tokio::spawn(async move {
+    fn download(&mut self, due: Due<RecvStream>) {
+        let number = self.link_number;
+        self.read(async move {
             let Due { stream, content, kind } = due;
-            let happening = match transfer::download(stream, &content, kind).await {
+            match transfer::download(stream, &content, kind).await {
                 Ok(bytes) => Happening::Downloaded(number, content, kind, bytes),
                 Err(error) => Happening::Spoiled(number, Some(content.id), error),
-            };
-            // Nobody listens once the worker has ended.
-            let _ = reports.send(happening).await;
+            }
         });
+    }
+
+    /// Reads what is here already at once, and what is not in a task of its own: the streams of a small task came with it.
+    fn read(&mut self, reading: impl Future<Output = Happening> + Send + 'static) {
+        let mut reading = Box::pin(reading);
+        match reading.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(happening) => self.done.push_back(happening),
+            Poll::Pending => {
+                let reports = self.reports.clone();
+                // It is polled again there, by who wakes it. Nobody listens once the worker has ended.
+                tokio::spawn(async move { drop(reports.send(reading.await).await) });
+            }
+        }
     }
 
     // --- what happens ---
@@ -624,14 +638,12 @@ impl Shell {
             Ok(opener) => opener,
             Err(error) => return link.connection.close(CloseCode::SessionFailed, &error.to_string()),
         };
-        let (reports, link) = (self.reports.clone(), self.link_number);
-        tokio::spawn(async move {
-            let happening = match transfer::announced(&mut stream, &mut opener).await {
+        let link = self.link_number;
+        self.read(async move {
+            match transfer::announced(&mut stream, &mut opener).await {
                 Ok(id) => Happening::Announced(link, id, stream),
                 Err(error) => Happening::Spoiled(link, None, error),
-            };
-            // Nobody listens once the worker has ended.
-            let _ = reports.send(happening).await;
+            }
         });
     }
 
