@@ -8,10 +8,25 @@ use tributary_worker::cli::{self, Cli};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     fix_training_threads(cli.threads());
+    wait_for_a_turn();
     cli::start_log();
     match cli.execute() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => cli::complain(&error),
+    }
+}
+
+/// A worker computes: that something came for it is no reason to interrupt another one on the same core, who answers the
+/// sooner for it. With as many workers as cores and more, rounds of a small model take a twentieth less time.
+#[allow(unsafe_code)]
+fn wait_for_a_turn() {
+    #[cfg(target_os = "linux")]
+    // SAFETY: both calls are about this process alone, no other thread exists yet, and the parameter is read only while the
+    // second lasts. Who started the process may have chosen something else than the default, which stays.
+    unsafe {
+        if libc::sched_getscheduler(0) == libc::SCHED_OTHER {
+            libc::sched_setscheduler(0, libc::SCHED_BATCH, &libc::sched_param { sched_priority: 0 });
+        }
     }
 }
 
