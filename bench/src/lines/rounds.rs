@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use certs::IdentityKey;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
@@ -45,6 +46,9 @@ const ROWS: usize = 16;
 
 /// Longer than a fleet takes to come in.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often a silent fleet is looked at.
+const LOOK_EVERY: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
 
 /// Measures it.
 pub(crate) fn measure(bench: &Bench, report: &mut Report) -> Result<()> {
@@ -353,9 +357,10 @@ impl Fleet {
         let wanted = format!("{{\"event\":\"{event}\"");
         let (mut buffer, mut line, mut seen) = (vec![0; 1 << 16], Vec::new(), 0);
         while seen < count {
+            self.await_output(deadline)?;
             let read = self.out.read(&mut buffer)?;
             let now = Instant::now();
-            ensure!(read > 0, "the coordinator ended; it said why on stderr");
+            ensure!(read > 0, "the coordinator ended: started by hand, it says why on stderr");
             for byte in &buffer[..read] {
                 line.push(*byte);
                 if *byte == b'\n' {
@@ -369,6 +374,20 @@ impl Fleet {
             if now > deadline {
                 bail!("only {seen} of {count} times {event:?} within {PATIENCE:?}");
             }
+        }
+        Ok(())
+    }
+
+    /// Waits until the coordinator has said something, as long as all are there who are to make rounds.
+    fn await_output(&mut self, deadline: Instant) -> Result<()> {
+        while poll(&mut [PollFd::new(&self.out, PollFlags::IN)], Some(&LOOK_EVERY))? == 0 {
+            for (place, Process(child)) in self.processes.iter_mut().enumerate() {
+                if let Some(status) = child.try_wait()? {
+                    let who = if place == 0 { "the coordinator".to_owned() } else { format!("worker {}", place - 1) };
+                    bail!("{who} ended, {status}: started by hand, it says why on stderr");
+                }
+            }
+            ensure!(Instant::now() < deadline, "nothing happened within {PATIENCE:?}");
         }
         Ok(())
     }
