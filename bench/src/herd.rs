@@ -20,7 +20,7 @@ use protocol::messages::{EnrolAnswer, EnrolRequest, FromWorker, Role, ToWorker};
 use protocol::session::Acquaintance;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
-use transport::{Alpn, Client, ClientOptions, CloseCode, Connected, Frame, Target, Trust};
+use transport::{Alpn, Client, ClientOptions, CloseCode, Connected, Credentials, Frame, Trust};
 use tributary_tests::Papers;
 use tributary_tests::stranger::{Call, Talk, hello, random};
 
@@ -35,8 +35,8 @@ pub(crate) struct Enrolled {
     pub(crate) invitation: Invitation,
     pub(crate) ca: CertificateDer<'static>,
     pub(crate) papers: Arc<Vec<Papers>>,
-    /// What each agreed on with the coordinator when it first came: a worker keeps it for as long as it lives.
-    met: Arc<Vec<OnceLock<Acquaintance>>>,
+    /// What each agreed on with the coordinator when it first came, and showed TLS: a worker keeps it for as long as it lives.
+    met: Arc<Vec<OnceLock<(Credentials, Acquaintance)>>>,
 }
 
 impl Enrolled {
@@ -54,25 +54,19 @@ impl Enrolled {
         Ok(Self { invitation, ca: registrar.authority().certificate().clone(), papers, met })
     }
 
-    fn coordinator(&self, number: usize, session: &SessionKey) -> Result<&Acquaintance> {
+    fn coordinator(&self, client: &Client, number: usize, papers: &Papers) -> Result<&(Credentials, Acquaintance)> {
         let met = self.met.get(number).context("nobody of that number is enrolled")?;
         if let Some(met) = met.get() {
             return Ok(met);
         }
-        let first = Acquaintance::new(session.session_key(), &self.invitation.coordinator_x25519)?;
-        Ok(met.get_or_init(|| first))
+        let credentials = client.prepare(&Trust::Ca(self.ca.clone()), Some(&papers.tls()), Alpn::Main)?;
+        let first = Acquaintance::new(papers.session.session_key(), &self.invitation.coordinator_x25519)?;
+        Ok(met.get_or_init(|| (credentials, first)))
     }
 
-    /// The coordinator, as an enrolled worker knows it.
-    pub(crate) fn target(&self, papers: &Papers) -> Result<Target> {
+    fn addresses(&self) -> Result<Vec<SocketAddr>> {
         let addresses = self.invitation.addresses.iter().map(|address| address.parse());
-        Ok(Target {
-            addresses: addresses.collect::<Result<_, _>>()?,
-            server_name: SERVER_NAME.to_owned(),
-            trust: Trust::Ca(self.ca.clone()),
-            identity: Some(papers.tls()),
-            alpn: Alpn::Main,
-        })
+        Ok(addresses.collect::<Result<_, _>>()?)
     }
 }
 
@@ -166,10 +160,11 @@ impl Herd {
 /// TLS, the session, the first word, its answer, and the word that makes a worker one that may be given work.
 async fn join(client: &Client, enrolled: &Enrolled, number: usize) -> Result<Talk> {
     let papers = enrolled.papers.get(number).context("nobody of that number is enrolled")?;
-    let Connected { connection, exporter, .. } = client.connect(&enrolled.target(papers)?).await?;
+    let (credentials, coordinator) = enrolled.coordinator(client, number, papers)?;
+    let Connected { connection, exporter, .. } =
+        client.connect_as(credentials, &enrolled.addresses()?, SERVER_NAME).await?;
     let (send, receive) = connection.open_control().await?;
     let mut call = Call { connection, exporter, send, receive };
-    let coordinator = enrolled.coordinator(number, &papers.session)?;
     let (message, initiator) = call.begin_again(coordinator, &hello(Role::Worker), &papers.session, &[]).await;
     call.frame(Frame::Handshake(message.into())).await;
     let mut talk = call.talk(initiator).await;

@@ -12,7 +12,7 @@ use protocol::ids::WorkerName;
 use protocol::invitation::{INVITATION_LEN_MAX, Invitation, InvitationError};
 use protocol::limits::{RECONNECT_AFTER_MAX, RECONNECT_AFTER_MIN};
 use protocol::messages::{EnrolAnswer, EnrolRefusal, EnrolRequest, Role, decode, encode};
-use transport::{Client, CloseCode, Trust};
+use transport::{Alpn, Client, CloseCode, ConnectError, Trust};
 
 use crate::enrolments::{Enrolment, EnrolmentError, Enrolments, Token};
 use crate::files::{self, FileError};
@@ -196,10 +196,12 @@ impl Enroller {
         let ed25519 = self.keys.identity.public();
         let request = encode(&EnrolRequest { token: invitation.token, name: self.name.clone(), ed25519 });
         self.hooks.see(|| &request);
+        let trust = Trust::Fingerprint(invitation.ca_sha256);
+        let credentials =
+            self.client.prepare(&trust, None, Alpn::Join).map_err(ConnectError::from).map_err(LinkError::from)?;
         let call = Call {
             addresses: &invitation.addresses,
-            trust: Trust::Fingerprint(invitation.ca_sha256),
-            identity: None,
+            credentials: &credentials,
             role: Role::Join,
             coordinator: &invitation.coordinator_x25519,
             payload: &request,

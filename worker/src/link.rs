@@ -20,8 +20,8 @@ use protocol::session::{
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use transport::{
-    Alpn, Client, CloseCode, ConnectError, ConnectFailure, Connected, Connection, Ended, Frame, FrameError, RecvStream,
-    SendStream, StreamError, Target, TlsIdentity, Trust,
+    Client, CloseCode, ConnectError, ConnectFailure, Connected, Connection, Credentials, Ended, Frame, FrameError,
+    RecvStream, SendStream, StreamError,
 };
 use zeroize::Zeroizing;
 
@@ -79,8 +79,8 @@ pub(crate) struct Greeted {
 /// What a connection is for and whom it is to.
 pub(crate) struct Call<'a> {
     pub(crate) addresses: &'a [String],
-    pub(crate) trust: Trust,
-    pub(crate) identity: Option<TlsIdentity>,
+    /// For TLS.
+    pub(crate) credentials: &'a Credentials,
     pub(crate) role: Role,
     /// The coordinator's X25519 key.
     pub(crate) coordinator: &'a [u8; 32],
@@ -161,13 +161,7 @@ pub(crate) async fn greet(client: &Client, keys: &Keys, call: Call<'_>) -> Resul
     if addresses.is_empty() {
         return Err(LinkError::NoAddress(call.addresses.join(", ")));
     }
-    let alpn = match call.role {
-        Role::Worker => Alpn::Main,
-        Role::Join => Alpn::Join,
-    };
-    let target =
-        Target { addresses, server_name: SERVER_NAME.to_owned(), trust: call.trust, identity: call.identity, alpn };
-    let Connected { connection, ca, exporter } = client.connect(&target).await?;
+    let Connected { connection, ca, exporter } = client.connect_as(call.credentials, &addresses, SERVER_NAME).await?;
     let shaken = handshake(&connection, &exporter, keys, call.role, call.coordinator, call.payload);
     let silent = Err(LinkError::Silent(call.patience));
     let shaken = tokio::time::timeout(call.patience, shaken).await.unwrap_or(silent);
@@ -301,11 +295,9 @@ impl Link {
         wrap: fn(u64, FromLink) -> E,
         number: u64,
     ) -> Result<Self, LinkError> {
-        let identity = TlsIdentity { certificate: enrolment.certificate.clone(), key: keys.identity.tls_key()? };
         let call = Call {
             addresses: &enrolment.addresses,
-            trust: Trust::Ca(enrolment.ca.clone()),
-            identity: Some(identity),
+            credentials: &keys.credentials(client, enrolment)?,
             role: Role::Worker,
             coordinator: &enrolment.coordinator,
             payload: &[],

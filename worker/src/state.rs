@@ -22,12 +22,15 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use certs::{IdentityKey, KeyFileError, SessionKey, keys};
+use certs::{CertificateDer, IdentityKey, KeyFileError, SessionKey, keys};
 use data_encoding::HEXLOWER;
 use protocol::ids::WorkerName;
 use protocol::session::{Acquaintance, HandshakeError};
+use transport::{Alpn, Client, ConnectError, Credentials, TlsIdentity, Trust};
 
+use crate::enrolments::Enrolment;
 use crate::files::{self, FileError};
+use crate::link::LinkError;
 
 const FORMAT_PREFIX: &str = "tributary worker state ";
 const FORMAT: u32 = 1;
@@ -90,7 +93,7 @@ impl State {
     pub fn keys(&self) -> Result<Keys, StateError> {
         let identity = keys::load_or_create(&self.root.join("identity.key"))?;
         let session = keys::load_or_create(&self.root.join("session.key"))?;
-        Ok(Keys { identity, session, coordinator: Mutex::default() })
+        Ok(Keys { identity, session, coordinator: Mutex::default(), shown: Mutex::default() })
     }
 
     /// Where enrolments are kept.
@@ -121,9 +124,25 @@ pub struct Keys {
     pub session: SessionKey,
     /// The coordinator that was greeted last.
     coordinator: Mutex<Option<Arc<Acquaintance>>>,
+    /// What TLS was shown last, with the CA and the certificate that it is made of.
+    shown: Mutex<Option<(CertificateDer<'static>, CertificateDer<'static>, Credentials)>>,
 }
 
 impl Keys {
+    /// What TLS needs to connect under this enrolment.
+    pub(crate) fn credentials(&self, client: &Client, enrolment: &Enrolment) -> Result<Credentials, LinkError> {
+        let Enrolment { ca, certificate, .. } = enrolment;
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, _, credentials)) = shown.as_ref().filter(|shown| (&shown.0, &shown.1) == (ca, certificate)) {
+            return Ok(credentials.clone());
+        }
+        let identity = TlsIdentity { certificate: certificate.clone(), key: self.identity.tls_key()? };
+        let credentials = client.prepare(&Trust::Ca(ca.clone()), Some(&identity), Alpn::Main);
+        let credentials = credentials.map_err(ConnectError::from)?;
+        *shown = Some((ca.clone(), certificate.clone(), credentials.clone()));
+        Ok(credentials)
+    }
+
     /// What our session key agrees on with this key of a coordinator, which is the same whenever we come back to it.
     pub(crate) fn acquaintance(&self, coordinator: &[u8; 32]) -> Result<Arc<Acquaintance>, HandshakeError> {
         let mut kept = self.coordinator.lock().unwrap_or_else(PoisonError::into_inner);

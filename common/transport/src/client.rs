@@ -62,6 +62,14 @@ pub struct Target {
     pub alpn: Alpn,
 }
 
+/// What TLS is to verify and to show, ready for use. Making it takes some forty microseconds, most of them for reading the
+/// key: whoever comes back keeps it.
+#[derive(Debug, Clone)]
+pub struct Credentials {
+    config: quinn::ClientConfig,
+    verifier: Arc<Verifier>,
+}
+
 /// A connection whose TLS handshake is complete on our side. Whether the server takes our certificate
 /// shows only with the first message that it sends.
 #[derive(Debug)]
@@ -108,19 +116,29 @@ impl Client {
         })
     }
 
-    /// Connects to the first address that answers, giving each a head start over the next.
+    /// As [`Self::connect_as`], with credentials that are used once.
     pub async fn connect(&self, target: &Target) -> Result<Connected, ConnectError> {
-        let (config, verifier) = self.prepare(target)?;
+        let credentials = self.prepare(&target.trust, target.identity.as_ref(), target.alpn)?;
+        self.connect_as(&credentials, &target.addresses, &target.server_name).await
+    }
+
+    /// Connects to the first address that answers, of the first [`limits::ADDRESSES_MAX`], giving each a head start over
+    /// the next. The server's certificate must have this name.
+    pub async fn connect_as(
+        &self,
+        credentials: &Credentials,
+        addresses: &[SocketAddr],
+        server_name: &str,
+    ) -> Result<Connected, ConnectError> {
         let mut attempts = JoinSet::new();
-        let addresses = target.addresses.iter().take(limits::ADDRESSES_MAX).zip(0..);
-        for (address, place) in addresses {
-            let mut config = config.clone();
+        for (address, place) in addresses.iter().take(limits::ADDRESSES_MAX).zip(0..) {
+            let mut config = credentials.config.clone();
             config.transport_config(Arc::new(self.transport(Path::to(*address))));
             let attempt = Attempt {
                 endpoint: self.endpoint.clone(),
                 config,
                 address: *address,
-                server_name: target.server_name.clone(),
+                server_name: server_name.to_owned(),
             };
             attempts.spawn(attempt.run(limits::ADDRESS_STAGGER * place));
         }
@@ -128,7 +146,7 @@ impl Client {
         while let Some(ended) = attempts.join_next().await {
             // Nobody cancels an attempt while this loop runs.
             match ended.expect("an attempt does not panic") {
-                Ok(connection) => return self.connected(connection, &verifier),
+                Ok(connection) => return self.connected(connection, &credentials.verifier),
                 Err(failure) => failures.push(failure),
             }
         }
@@ -150,9 +168,15 @@ impl Client {
         self.traffic.totals()
     }
 
-    fn prepare(&self, target: &Target) -> Result<(quinn::ClientConfig, Verifier), SetupError> {
+    /// Makes what TLS needs of what the server must prove, of what we prove, and of what we come for.
+    pub fn prepare(
+        &self,
+        trust: &Trust,
+        identity: Option<&TlsIdentity>,
+        alpn: Alpn,
+    ) -> Result<Credentials, SetupError> {
         let provider = tls::provider(self.strict_pq);
-        let (verifier, check): (_, Arc<dyn ServerCertVerifier>) = match &target.trust {
+        let (verifier, check): (_, Arc<dyn ServerCertVerifier>) = match trust {
             Trust::Ca(ca) => {
                 let check = tls::webpki_verifier(ca, Arc::clone(&provider))?;
                 (Verifier::Known(ca.clone()), check)
@@ -162,8 +186,8 @@ impl Client {
                 (Verifier::Pinned(Arc::clone(&check)), check)
             }
         };
-        let crypto = tls::client_config(check, target.identity.as_ref(), target.alpn, provider)?;
-        Ok((quinn::ClientConfig::new(Arc::new(crypto)), verifier))
+        let crypto = tls::client_config(check, identity, alpn, provider)?;
+        Ok(Credentials { config: quinn::ClientConfig::new(Arc::new(crypto)), verifier: Arc::new(verifier) })
     }
 
     fn transport(&self, path: Path) -> TransportConfig {
@@ -255,6 +279,7 @@ impl From<Ended> for ConnectFailure {
 }
 
 /// Where the CA comes from that a connection was verified against.
+#[derive(Debug)]
 enum Verifier {
     Known(CertificateDer<'static>),
     Pinned(Arc<PinnedCa>),

@@ -22,7 +22,7 @@ mod stream;
 mod tls;
 mod udp;
 
-pub use client::{Client, ClientOptions, ConnectError, ConnectFailure, Connected, Target, Trust};
+pub use client::{Client, ClientOptions, ConnectError, ConnectFailure, Connected, Credentials, Target, Trust};
 pub use close::{CloseCode, Ended};
 pub use connection::{Connection, LinkStats};
 pub use frame::{Frame, FrameError, FrameKind};
