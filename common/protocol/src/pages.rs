@@ -46,7 +46,8 @@ impl Spares {
     /// One that is long enough, and not much longer.
     fn take(&self, bytes: usize) -> Option<MmapMut> {
         let mut spares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |spare: &MmapMut| (bytes..=bytes.saturating_add(bytes / 8)).contains(&spare.len());
+        let longest = bytes.saturating_add(bytes / 8).max(in_pages(bytes)?);
+        let fits = |spare: &MmapMut| (bytes..=longest).contains(&spare.len());
         let at = spares.iter().position(fits)?;
         Some(spares.remove(at))
     }
@@ -105,9 +106,7 @@ impl<T: Pod> Numbers<T> {
                 reset(&mut used);
                 return used;
             }
-            if let Some(map) =
-                bytes.checked_next_multiple_of(PAGE_BYTES).and_then(|bytes| MmapMut::map_anon(bytes).ok())
-            {
+            if let Some(map) = in_pages(bytes).and_then(|bytes| MmapMut::map_anon(bytes).ok()) {
                 advise(&map);
                 return Self(Place::Large(Map(Some(map)), bytes));
             }
@@ -115,6 +114,11 @@ impl<T: Pod> Numbers<T> {
         // If there is no memory at all, this says so as any other vector does.
         Self(Place::Small(vec![T::zeroed(); count]))
     }
+}
+
+/// The length of a map for so many bytes.
+fn in_pages(bytes: usize) -> Option<usize> {
+    bytes.checked_next_multiple_of(PAGE_BYTES)
 }
 
 /// Asks for large pages. A kernel that has none refuses, and nothing else changes.
@@ -221,6 +225,15 @@ mod tests {
             Numbers::<u8>::unset(LARGE_BYTES + PAGE_BYTES / 2).fill(7);
             let numbers = Numbers::<u8>::zeroed(count);
             assert_eq!((numbers.len(), numbers.iter().max()), (count, Some(&0)));
+        }
+    }
+
+    #[test]
+    fn a_map_fits_whatever_it_was_made_for() {
+        for bytes in [LARGE_BYTES, LARGE_BYTES + 1, LARGE_BYTES + PAGE_BYTES + 1] {
+            let spares = Spares(Mutex::new(Vec::new()));
+            spares.keep(MmapMut::map_anon(in_pages(bytes).unwrap()).unwrap());
+            assert!(spares.take(bytes).is_some(), "{bytes} bytes");
         }
     }
 
