@@ -59,8 +59,8 @@ const ROOM_ASKED_EVERY: Duration = Duration::from_secs(1);
 /// How long what was said last may take to arrive.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
 
-/// How long the word that something is held waits for something to travel with.
-const UNHURRIED_MAX: Duration = Duration::from_millis(2);
+/// How long words for which nobody waits wait for something to travel with, at least; and at most twice as long.
+const UNHURRIED: Duration = Duration::from_millis(2);
 
 /// Contents that are on their way to one worker. Each keeps its model in memory, so whoever reads none of them is let
 /// go; it may come back and get the newest alone.
@@ -180,28 +180,28 @@ pub struct Door {
     pub patience: Patience,
 }
 
-/// When those have waited long enough who wait for something to travel with: all at once. A timer of each would be a system
-/// call of each in every round.
+/// A clock for all who wait for something to travel with: whoever hears it twice has waited long enough. A timer of each would
+/// be a system call of each in every round.
 #[derive(Debug, Default)]
 pub struct Patience {
     asked: Notify,
-    ends: Notify,
+    strikes: Notify,
 }
 
 impl Patience {
-    /// Completes within [`UNHURRIED_MAX`].
-    fn over(&self) -> Notified<'_> {
-        let ends = self.ends.notified();
+    /// The next stroke, within [`UNHURRIED`].
+    fn stroke(&self) -> Notified<'_> {
+        let stroke = self.strikes.notified();
         self.asked.notify_one();
-        ends
+        stroke
     }
 
-    /// Looks at the clock for all.
+    /// Strikes as long as anybody waits.
     pub(crate) async fn watch(&self) {
         loop {
             self.asked.notified().await;
-            tokio::time::sleep(UNHURRIED_MAX).await;
-            self.ends.notify_waiters();
+            tokio::time::sleep(UNHURRIED).await;
+            self.strikes.notify_waiters();
         }
     }
 }
@@ -824,7 +824,7 @@ impl Peer {
 /// What speaks to one worker.
 ///
 /// Whatever is to be said at the same time leaves together. That something is held, and a receipt, are what nobody waits
-/// for: they wait for the next thing to be said, at most [`UNHURRIED_MAX`]. A receipt is signed when nobody else has
+/// for: they wait for the next thing to be said, [`UNHURRIED`] at least. A receipt is signed when nobody else has
 /// anything to do, and the next task does not wait for it.
 struct Voice {
     peer: Peer,
@@ -836,6 +836,8 @@ struct Voice {
     owed: Vec<Receipt>,
     /// A receipt that may be signed ahead of its commit, and not said before.
     foreseen: Option<Box<(Receipt, Option<ToWorker>)>>,
+    /// The clock struck since something waits.
+    has_waited: bool,
     /// What is sealed and not written.
     out: Vec<u8>,
 }
@@ -847,7 +849,7 @@ impl Voice {
     fn new(peer: Peer, send: SendStream, sealer: Sealer) -> Self {
         let (unhurried, out) = (Vec::new(), Vec::new());
         let downloads = JoinSet::new();
-        Self { peer, send, sealer, downloads, unhurried, owed: Vec::new(), foreseen: None, out }
+        Self { peer, send, sealer, downloads, unhurried, owed: Vec::new(), foreseen: None, has_waited: false, out }
     }
 
     /// Says what is to be said, in order, and then goodbye.
@@ -886,12 +888,13 @@ impl Voice {
         } else if self.is_patient() {
             queue.recv().await
         } else {
-            let patience = &self.peer.door.patience;
-            let over = patience.over();
             tokio::select! {
                 biased;
                 next = queue.recv() => next,
-                () = over => return self.hurry(),
+                () = self.peer.door.patience.stroke() => match std::mem::replace(&mut self.has_waited, true) {
+                    true => return self.hurry(),
+                    false => return Ok(()),
+                },
             }
         };
         loop {
@@ -966,6 +969,7 @@ impl Voice {
     }
 
     fn seal_unhurried(&mut self) -> Result<(), Mute> {
+        self.has_waited = false;
         let unhurried = std::mem::take(&mut self.unhurried);
         unhurried.iter().try_for_each(|message| self.seal(message))
     }
