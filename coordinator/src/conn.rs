@@ -947,6 +947,10 @@ impl Voice {
                 Ok(())
             }
             Saying::Message(message @ ToWorker::Assigned(_)) => {
+                // The last one may follow the task; there was no moment for the one before.
+                if self.owed.len() > 1 {
+                    self.sign();
+                }
                 self.seal_unhurried()?;
                 self.seal(&message)
             }
