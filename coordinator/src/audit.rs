@@ -717,7 +717,7 @@ mod tests {
         flip(&file, 5000);
         audited(&state, false, false).1.unwrap();
         let error = audited(&state, true, false).1.unwrap_err().to_string();
-        assert!(error.contains(&*file.to_string_lossy()) && error.contains("it is model"), "{error}");
+        assert!(error.contains(&*file.to_string_lossy()) && error.contains("the model in it is"), "{error}");
         std::fs::remove_file(&file).unwrap();
         let error = audited(&state, true, false).1.unwrap_err().to_string();
         assert!(error.contains(&*file.to_string_lossy()) && error.contains("it is not there"), "{error}");

@@ -945,7 +945,6 @@ impl Uploads {
     }
 }
 
-/// Sleeps until `alarm`, which counts from `began`; for ever without one.
 /// Lets everybody have a turn who is to have one now.
 async fn turn() {
     let mut had = false;
@@ -994,6 +993,7 @@ impl Leisure {
     }
 }
 
+/// Sleeps until `alarm`, which counts from `began`; for ever without one.
 async fn sleep_until(began: Instant, alarm: Option<Time>) {
     sleep_till(alarm.map(|Time(nanos)| began + Duration::from_nanos(nanos))).await;
 }

@@ -849,7 +849,8 @@ impl ModelState {
         let mut hasher = model_hasher(&layout);
         hasher.update(&self.model);
         let got = Hash::from(hasher.finalize());
-        if got == expected { Ok(self) } else { Err(ModelError::Damaged(format!("it is model {got}"))) }
+        let other = || ModelError::Damaged(format!("the model in it is {got}, expected {expected}"));
+        if got == expected { Ok(self) } else { Err(other()) }
     }
 
     fn from_bytes(bytes: &[u8]) -> Option<Self> {
