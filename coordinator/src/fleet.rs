@@ -177,6 +177,8 @@ struct Uploads {
     expected: BTreeMap<TaskId, Expected>,
     /// Streams that wait for the machine: one for a connection.
     early: BTreeMap<(ConnId, TaskId), Early>,
+    /// The task that each connection was told of last.
+    told: BTreeMap<ConnId, TaskId>,
 }
 
 #[derive(Debug)]
@@ -507,6 +509,9 @@ impl Fleet {
     /// Streams what the worker lacks, and tells it of its task.
     fn assign(&mut self, conn: ConnId, assignment: Assignment) {
         let Assignment { task, round, kind, schema, model, layout, weight_shift } = assignment;
+        if self.peers.contains_key(&conn) {
+            self.uploads.told.insert(conn, task);
+        }
         let (schema, model) = (self.supply(conn, schema), self.supply(conn, model));
         let assigned = Assigned { task, round, kind, schema, model, layout, weight_shift };
         self.say(conn, Saying::Message(ToWorker::Assigned(Box::new(assigned))));
@@ -898,11 +903,13 @@ impl Uploads {
         }
     }
 
-    /// A worker has one task at a time: of its streams only the newest task's waits. One that was answered before it
-    /// came would only take the place, of which QUIC has few, that the next payload needs.
+    /// A worker has one task at a time: of its streams only that of the task it was told of last waits, or else the newest
+    /// task's; a round that is made again has older tasks. One that was answered before it came would only take the place,
+    /// of which QUIC has few, that the next payload needs.
     fn wait(&mut self, conn: ConnId, task: TaskId, early: Early) {
-        let newer = (conn, TaskId(task.0.saturating_add(1)))..=(conn, TaskId(u64::MAX));
-        if task.0 < u64::MAX && self.early.range(newer).next().is_some() {
+        let told = self.told.get(&conn).copied();
+        let rank = |task: TaskId| (Some(task) == told, task);
+        if self.early.keys().any(|(of, other)| *of == conn && rank(*other) > rank(task)) {
             return;
         }
         // Those who gave up waiting make room, too.
@@ -941,6 +948,7 @@ impl Uploads {
     }
 
     fn leave(&mut self, conn: ConnId) {
+        self.told.remove(&conn);
         self.early.retain(|(of, _), _| *of != conn);
     }
 }
@@ -1168,6 +1176,25 @@ mod tests {
         };
         assert!(turned_away(&mut older) && turned_away(&mut oldest));
         assert!(!turned_away(&mut newest) && !turned_away(&mut bobs));
+    }
+
+    #[test]
+    fn the_stream_of_the_task_that_a_worker_was_told_of_waits_before_a_newer_one() {
+        let mut uploads = Uploads::default();
+        uploads.told.insert(ALICE, TaskId(2));
+        let mut waiting = |task| {
+            let (ticket, granted) = oneshot::channel();
+            uploads.begun(ALICE, Upload { task: TaskId(task), ..upload(1) }, ticket);
+            granted
+        };
+        // The first was answered before it came.
+        let (mut late, mut told, mut later) = (waiting(3), waiting(2), waiting(4));
+        let turned_away = |granted: &mut oneshot::Receiver<Ticket>| {
+            matches!(granted.try_recv(), Err(oneshot::error::TryRecvError::Closed))
+        };
+        assert!(turned_away(&mut late) && turned_away(&mut later) && !turned_away(&mut told));
+        uploads.leave(ALICE);
+        assert!(turned_away(&mut told) && uploads.told.is_empty());
     }
 
     #[test]

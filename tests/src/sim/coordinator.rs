@@ -72,6 +72,7 @@ struct Uploads {
     tickets: u64,
     expected: BTreeMap<TaskId, Expected>,
     early: BTreeMap<(ConnId, TaskId), Early>,
+    told: BTreeMap<ConnId, TaskId>,
 }
 
 /// A stream that the machine has not asked for yet: the payload's hash, and its bytes.
@@ -95,6 +96,7 @@ impl Coordinator {
     /// Its end of a connection is gone.
     pub(super) fn forget(&mut self, conn: ConnId) {
         self.peers.remove(&conn);
+        self.uploads.told.remove(&conn);
         self.uploads.early.retain(|(of, _), _| *of != conn);
     }
 }
@@ -653,6 +655,9 @@ impl World {
             self.check(given);
             self.prove_if_new();
         }
+        if let Some(coordinator) = &mut self.coordinator {
+            coordinator.uploads.told.insert(conn, task);
+        }
         let (schema, model) = (self.supply(conn, schema), self.supply(conn, model));
         let assigned = Assigned { task, round, kind, schema, model, layout, weight_shift };
         self.say(conn, ToWorker::Assigned(Box::new(assigned)));
@@ -749,8 +754,10 @@ impl World {
             Some(false) => self.let_in(task, body),
             Some(true) => {}
             None => {
-                let early = &mut coordinator.uploads.early;
-                if !early.keys().any(|(of, other)| *of == conn && *other > task) {
+                let Uploads { early, told, .. } = &mut coordinator.uploads;
+                let told = told.get(&conn).copied();
+                let rank = |task: TaskId| (Some(task) == told, task);
+                if !early.keys().any(|(of, other)| *of == conn && rank(*other) > rank(task)) {
                     early.retain(|(of, _), _| *of != conn);
                     early.insert((conn, task), (hash, body));
                 }
