@@ -370,38 +370,24 @@ impl Journal {
         Ok(())
     }
 
-    /// Rewrites an earlier part without its attachments, except `keep`. Where that is then.
+    /// Rewrites an earlier part without its attachments.
     ///
     /// # Errors
     /// If the part is damaged, or the disk is full or broken: then it stays as it was.
-    pub fn strip(
-        &self,
-        disk: &mut dyn Disk,
-        part: u64,
-        keep: Option<Attached>,
-    ) -> Result<Option<Attached>, StoreError> {
+    pub fn strip(&self, disk: &mut dyn Disk, part: u64) -> Result<(), StoreError> {
         assert!(part < self.part, "the part that is written to has no copy");
         let file = self.scope.file(part);
-        let mut reader = PartReader::open(disk, &self.scope, part, true)?;
-        let mut kept = None;
-        let mut offset = 0;
+        let mut reader = PartReader::open(disk, &self.scope, part, false)?;
         write_aside(disk, &file, |aside| {
             aside.put(&reader.head)?;
-            offset += reader.head.len() as u64;
             while let Some(record) = reader.next().map_err(|broken| broken.damage(&file))? {
-                let stays = record.attached.is_some() && record.attached.map(|a| a.offset) == keep.map(|a| a.offset);
                 let mut bytes = Vec::new();
-                record.put(&mut bytes, stays);
-                if let (true, Some(attached)) = (stays, record.attached) {
-                    let before = HEAD_BYTES as u64 + record.payload.len() as u64 + 32;
-                    kept = Some(Attached { offset: offset + before, ..attached });
-                }
-                offset += bytes.len() as u64;
+                record.put_stripped(&mut bytes);
                 aside.put(&bytes)?;
             }
             Ok(())
         })?;
-        Ok(kept)
+        Ok(())
     }
 
     /// The bytes of an attachment, which nobody has checked; `None` if it was stripped.
@@ -748,19 +734,18 @@ impl Record {
         HEAD_BYTES as u64 + self.payload.len() as u64 + attached + 32
     }
 
-    /// As it was, or without its attachment.
-    fn put(&self, out: &mut Vec<u8>, with_attachment: bool) {
-        let content = self.content.as_deref().filter(|_| with_attachment).unwrap_or_default();
+    /// As it was, without its attachment.
+    fn put_stripped(&self, out: &mut Vec<u8>) {
         let bytes = self.attached.map_or(0, |attached| attached.bytes);
         let head = Head {
             payload_bytes: u32::try_from(self.payload.len()).expect("it was read with its length in 32 bits"),
             bytes,
             kind: self.kind,
-            stripped: bytes > 0 && content.is_empty(),
+            stripped: bytes > 0,
             unix_ms: self.unix_ms,
             durable: self.durable,
         };
-        head.put(out, &self.payload, self.attached.map(|attached| attached.hash), content, &self.chain);
+        head.put(out, &self.payload, self.attached.map(|attached| attached.hash), &[], &self.chain);
     }
 }
 
