@@ -8,7 +8,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use learning::{Dataset, Table};
 use protocol::ids::{Hash, Instance, TaskId, WorkerId};
 use protocol::limits::{BEAT_EVERY, PAYLOAD_AT_ONCE_BYTES_MAX, RECORD_BYTES_MAX};
@@ -334,12 +334,9 @@ async fn send_payload(
     most: u64,
 ) -> bool {
     let Ok(mut stream) = connection.open_uni().await else { return false };
-    let mut first = BytesMut::from(&[0; RECORD_HEADER_BYTES][..]);
-    first.put_slice(&encode(&upload));
-    first.put_bytes(0, RECORD_TAG_BYTES);
-    sealer.seal_in_place(Flag::Plain, &mut first).unwrap();
-    if stream.write_frame(&Frame::StreamOpen(number)).await.is_err()
-        || stream.write_record(first.freeze()).await.is_err()
+    let mut first = Vec::new();
+    sealer.seal(Flag::Plain, &encode(&upload), &mut first).unwrap();
+    if stream.write_frame(&Frame::StreamOpen(number)).await.is_err() || stream.write_record(first.into()).await.is_err()
     {
         return false;
     }
@@ -353,12 +350,9 @@ async fn send_payload(
         }
         let chunk = rest.split_to(rest.len().min(RECORD_BYTES_MAX));
         let flag = if rest.is_empty() { Flag::Final } else { Flag::Plain };
-        let mut record = BytesMut::with_capacity(RECORD_HEADER_BYTES + chunk.len() + RECORD_TAG_BYTES);
-        record.put_bytes(0, RECORD_HEADER_BYTES);
-        record.put_slice(&chunk);
-        record.put_bytes(0, RECORD_TAG_BYTES);
-        sealer.seal_in_place(flag, &mut record).unwrap();
-        if stream.write_record(record.freeze()).await.is_err() {
+        let mut record = Vec::with_capacity(RECORD_HEADER_BYTES + chunk.len() + RECORD_TAG_BYTES);
+        sealer.seal(flag, &chunk, &mut record).unwrap();
+        if stream.write_record(record.into()).await.is_err() {
             return false;
         }
         sent += chunk.len() as u64;

@@ -1,6 +1,6 @@
 //! Payloads up, contents down: what travels on streams of their own.
 //!
-//! An upload is a sealed [`Upload`] and then the payload in records, sealed where they stand, the last marked as such.
+//! An upload is a sealed [`Upload`] and then the payload in records, each sealed on its way there, the last marked as such.
 //! A download is a sealed [`Download`] and then records of the content's own key; it is used only if its hash is the one
 //! that the session named, and never held longer than the session said that it is.
 

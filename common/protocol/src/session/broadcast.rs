@@ -59,15 +59,6 @@ impl BroadcastSealer {
         Self(Chain::new(RecordKind::Broadcast, Some(content_id), AeadKey::new(&key.0)))
     }
 
-    /// Seals the next record in place. `record` is 32 bytes of room for the header, the plaintext, and
-    /// 16 bytes of room for the tag.
-    ///
-    /// # Panics
-    /// If `record` is shorter than the room for header and tag.
-    pub fn seal_in_place(&mut self, flag: Flag, record: &mut [u8]) -> Result<(), RecordError> {
-        self.0.seal(flag, record)
-    }
-
     /// Seals `plaintext` as the next record, which is appended to `out`.
     pub fn seal(&mut self, flag: Flag, plaintext: &[u8], out: &mut Vec<u8>) -> Result<(), RecordError> {
         self.0.seal_into(flag, plaintext, out)

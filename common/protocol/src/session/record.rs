@@ -149,15 +149,6 @@ impl Sealer {
         Self(Chain::new(kind, None, key))
     }
 
-    /// Seals the next record in place. `record` is 16 bytes of room for the header, the plaintext, and
-    /// 16 bytes of room for the tag; it is then ready to be sent.
-    ///
-    /// # Panics
-    /// If `record` is shorter than the room for header and tag.
-    pub fn seal_in_place(&mut self, flag: Flag, record: &mut [u8]) -> Result<(), RecordError> {
-        self.0.seal(flag, record)
-    }
-
     /// Seals `plaintext` as the next record, which is appended to `out`.
     pub fn seal(&mut self, flag: Flag, plaintext: &[u8], out: &mut Vec<u8>) -> Result<(), RecordError> {
         self.0.seal_into(flag, plaintext, out)
@@ -303,42 +294,32 @@ impl Chain {
         self
     }
 
-    /// Seals a record whose plaintext stands where its ciphertext will.
-    pub(super) fn seal(&mut self, flag: Flag, record: &mut [u8]) -> Result<(), RecordError> {
-        self.seal_from(None, flag, record)
-    }
-
     /// Seals `plaintext` into a record that is appended to `out`.
     pub(super) fn seal_into(&mut self, flag: Flag, plaintext: &[u8], out: &mut Vec<u8>) -> Result<(), RecordError> {
         let start = out.len();
         let header_bytes = RECORD_HEADER_BYTES + self.content_id.map_or(0, |id| id.as_bytes().len());
         out.resize(start + header_bytes + plaintext.len() + TAG_BYTES, 0);
-        let sealed = self.seal_from(Some(plaintext), flag, &mut out[start..]);
+        let sealed = self.seal_to(flag, plaintext, &mut out[start..]);
         if sealed.is_err() {
             out.truncate(start);
         }
         sealed
     }
 
-    fn seal_from(&mut self, plaintext: Option<&[u8]>, flag: Flag, record: &mut [u8]) -> Result<(), RecordError> {
+    /// `record` is as long as header, plaintext and tag.
+    fn seal_to(&mut self, flag: Flag, plaintext: &[u8], record: &mut [u8]) -> Result<(), RecordError> {
         let content_id = self.content_id.as_ref().map_or(&[][..], |id| id.as_bytes());
-        let header_bytes = RECORD_HEADER_BYTES + content_id.len();
-        let length = record.len().checked_sub(header_bytes + TAG_BYTES);
-        let length = length.expect("a record has room for its header and its tag");
-        let too_long = RecordError::TooLong { got: length as u64 };
-        let length = u32::try_from(length).map_err(|_| too_long)?;
+        let too_long = RecordError::TooLong { got: plaintext.len() as u64 };
+        let length = u32::try_from(plaintext.len()).map_err(|_| too_long)?;
         let (key, next) = self.state.live()?;
         let header = RecordHeader { kind: self.kind, flag, length, sequence: *next };
         header.check()?;
 
-        let (head, rest) = record.split_at_mut(header_bytes);
+        let (head, rest) = record.split_at_mut(RECORD_HEADER_BYTES + content_id.len());
         head[..RECORD_HEADER_BYTES].copy_from_slice(&header.encode());
         head[RECORD_HEADER_BYTES..].copy_from_slice(content_id);
-        let (text, tag) = rest.split_at_mut(length as usize);
-        let text = match plaintext {
-            None => text.into(),
-            Some(plaintext) => InOutBuf::new(plaintext, text).expect("a record has room for its plaintext"),
-        };
+        let (text, tag) = rest.split_at_mut(plaintext.len());
+        let text = InOutBuf::new(plaintext, text).expect("a record has room for its plaintext");
         tag.copy_from_slice(&key.seal(aead::nonce(*next), head, text));
         self.state.advance(flag);
         Ok(())
