@@ -36,6 +36,7 @@ use crate::registry::Worker;
 use crate::show::{Show, StatusPage};
 use crate::state::StateError;
 use crate::telemetry::{Direction, Kind, Metrics, WorkerState, lossy};
+use crate::vigil::Vigil;
 use crate::workshop::{Content, Done, Job, WorkshopError, WorkshopHandle};
 
 /// How often figures are taken that no event brings.
@@ -296,15 +297,20 @@ impl Fleet {
         let (mut stopped, mut workshop_lives) = (false, true);
         let mut short_of_room = self.world.door.short_of_room.subscribe();
         let mut look = tokio::time::interval(LOOK_EVERY);
-        let leisure = Leisure::default();
+        let (leisure, mut vigil) = (Leisure::default(), Vigil::new());
         self.await_workshop(&mut inbox).await;
         self.drain_all(&leisure).await;
         while !self.has_parted() {
             let mut answers = false;
+            vigil.wait();
             tokio::select! {
-                Some(event) = inbox.connections.recv(), if !self.core.is_full() => self.hear(event),
+                Some(event) = inbox.connections.recv(), if !self.core.is_full() => {
+                    vigil.answered();
+                    self.hear(event);
+                }
                 done = inbox.workshop.recv(), if workshop_lives => match done {
                     Some(done) => {
+                        vigil.answered();
                         answers = matches!(done, Done::Synced { .. });
                         self.take_in(done);
                     }

@@ -25,6 +25,7 @@ pub mod show;
 pub mod state;
 pub mod store;
 pub mod telemetry;
+mod vigil;
 pub mod workshop;
 
 use std::future::Future;
