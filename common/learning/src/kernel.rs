@@ -256,7 +256,7 @@ pub(crate) fn multiply(
     let mut blocks = strips.chunk_by(|strip, next| strip.block == next.block).peekable();
     let mut first = true;
     while let Some(block) = blocks.next() {
-        let tiles = height.div_ceil(tile_rows_max(Arch::new())) * block.len();
+        let tiles = height.div_ceil(tile_rows_max(cpu())) * block.len();
         for (at, columns) in panels(columns).enumerate() {
             let next = match blocks.peek() {
                 _ if height < MANY_ROWS => &[],
@@ -340,7 +340,7 @@ pub(crate) fn follow(
         let mut velocity = if gathers { velocity.lines_mut(panel) } else { &mut [] };
         let (mut weights, width) = (weights.lines_mut(panel), width_of(columns));
         if let [Deltas { rows, deltas }] = &parts[..]
-            && rows.len() <= tile_rows_max(Arch::new())
+            && rows.len() <= tile_rows_max(cpu())
         {
             let (first_row, deltas) = (rows.start, deltas.lines(panel));
             make(rows.len(), width, &mut BriefStep { inputs, first_row, deltas, weights, velocity, rule });
@@ -366,11 +366,15 @@ trait Tile {
 
 /// Makes `rows` rows of `width` in tiles of as even a height as can be.
 fn make(rows: usize, width: usize, tile: &mut impl Tile) {
-    let arch = Arch::new();
+    let arch = cpu();
     let tiles = rows.div_ceil(tile_rows_max(arch)).max(1);
     let (low, higher) = (rows / tiles, rows % tiles);
     let higher_end = higher * (low + 1);
     for (at, tiles, height) in [(0, higher, low + 1), (higher_end, tiles - higher, low)] {
+        // Of a height that nothing has there is no function.
+        if tiles == 0 {
+            continue;
+        }
         match (height, width) {
             (1, PANEL) => dispatch(arch, Run::<_, 1, true> { tile, at, tiles }),
             (2, PANEL) => dispatch(arch, Run::<_, 2, true> { tile, at, tiles }),
@@ -396,9 +400,18 @@ fn make(rows: usize, width: usize, tile: &mut impl Tile) {
             (10, _) => dispatch(arch, Run::<_, 10, false> { tile, at, tiles }),
             (11, _) => dispatch(arch, Run::<_, 11, false> { tile, at, tiles }),
             (12, _) => dispatch(arch, Run::<_, 12, false> { tile, at, tiles }),
-            _ => debug_assert_eq!(height * tiles, 0, "no tile is higher than 12 rows"),
+            _ => debug_assert_eq!(height, 0, "no tile is higher than 12 rows"),
         }
     }
+}
+
+/// The vectors that the CPU has; in tests those that it is to pretend to have.
+fn cpu() -> Arch {
+    #[cfg(test)]
+    if let Some(arch) = *tests::PRETENDED.read().unwrap_or_else(std::sync::PoisonError::into_inner) {
+        return arch;
+    }
+    Arch::new()
 }
 
 /// Rows of a tile whose sums fit into the registers beside what they are made of.
@@ -481,7 +494,7 @@ pub fn fused_multiply_adds(turns: u64) -> (u64, f32) {
             (self.turns * 32 * S::F32_LANES as u64, simd.reduce_sum_f32s(sum))
         }
     }
-    Arch::new().dispatch(Chains { turns, factor: std::hint::black_box(0.999) })
+    cpu().dispatch(Chains { turns, factor: std::hint::black_box(0.999) })
 }
 
 struct Product<'a> {
@@ -772,7 +785,7 @@ pub(crate) fn keep_positive(
     (rows, columns): (usize, usize),
     turned_back: bool,
 ) {
-    let arch = Arch::new();
+    let arch = cpu();
     each_block(rows, columns, |row, column| {
         let turned = &mut by_columns.lines_mut(row / PANEL)[column..];
         let to = &mut by_rows.lines_mut(column / PANEL)[row..];
@@ -825,7 +838,7 @@ fn turn_block(from: &[Line], column: usize, to: &mut [Line], to_column: usize) {
 
 /// `to[column][row] ← from[row][column]`: the rows of `from` are `stride` apart, those of `to` are `to_stride` apart.
 fn transpose(from: &[f32], stride: usize, rows: usize, columns: usize, to: &mut [f32], to_stride: usize) {
-    let arch = Arch::new();
+    let arch = cpu();
     for row in (0..rows).step_by(BLOCK) {
         for column in (0..columns).step_by(BLOCK) {
             let (height, width) = (BLOCK.min(rows - row), BLOCK.min(columns - column));
@@ -948,4 +961,80 @@ fn sixteen(floats: &[f32], from: usize) -> &[f32; BLOCK] {
 #[inline(always)]
 fn sixteen_mut(floats: &mut [f32], from: usize) -> &mut [f32; BLOCK] {
     floats[from..].first_chunk_mut().expect(BLOCKS_FIT)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::cast_precision_loss)]
+    use super::*;
+
+    use std::ops::ControlFlow;
+    use std::sync::{PoisonError, RwLock};
+
+    use protocol::draw::Draw;
+    use protocol::layout::to_bytes;
+    use protocol::plan::{BatchSize, ModelSpec, TrainSpec};
+
+    use crate::encoding::Rows;
+    use crate::network::Network;
+    use crate::schema::{ColumnSchema, Encoding, Schema, Target};
+    use crate::training::TaskKey;
+
+    /// Whoever trains meanwhile gives the same bits.
+    pub(super) static PRETENDED: RwLock<Option<Arch>> = RwLock::new(None);
+
+    /// What this CPU may pretend to have, besides what it has.
+    fn lesser() -> Vec<Arch> {
+        let mut lesser = vec![Arch::Scalar];
+        #[cfg(target_arch = "x86_64")]
+        lesser.extend(pulp::x86::V3::try_new().map(Arch::V3));
+        lesser
+    }
+
+    /// The bits of the weights after some steps between made-up rows and targets.
+    fn trained(sizes: &[usize], rows: usize, batch: u32, momentum: f64) -> Vec<u32> {
+        let (inputs, outputs) = (sizes[0], sizes[sizes.len() - 1]);
+        let numeric = Encoding::Numeric { mean: 0.0, deviation: 1.0, missing: false };
+        let columns = (0..inputs).map(|i| ColumnSchema { name: format!("x{i}"), encoding: numeric.clone() }).collect();
+        let target = Target::Classification { classes: (0..outputs).map(|c| c.to_string()).collect() };
+        let schema = Schema { label: "y".into(), target, columns };
+        let hidden = sizes[1..sizes.len() - 1].iter().map(|&width| width as u32).collect();
+        let network = Network::new(&ModelSpec::Mlp { hidden }, &schema).unwrap().with_threads(2);
+        let mut draw = Draw::new(5, "test rows", 0, "");
+        let mut values = Vec::new();
+        for row in 0..rows {
+            values.extend((0..inputs).map(|_| (2.0 * draw.uniform() - 1.0) as f32));
+            values.push((row * 7 % outputs) as f32);
+        }
+        let mut encoded = Rows::new(&schema);
+        encoded.append(&to_bytes(&values), &schema).unwrap();
+        let spec = TrainSpec { batch_size: BatchSize::Rows(batch), momentum, ..TrainSpec::default() };
+        let key = TaskKey { round: 1, name: "w" };
+        let mut go_on = |_| ControlFlow::Continue(());
+        let trained = network.train(&network.initial(7), &encoded, &spec, key, &mut go_on).unwrap();
+        trained.weights.iter().map(|weight| weight.to_bits()).collect()
+    }
+
+    #[test]
+    fn every_width_of_vectors_gives_the_same_bits() {
+        let shapes: &[(&[usize], usize, u32)] = &[
+            (&[13, 64, 32, 2], 96, 32),
+            (&[1, 2], 5, 3),
+            (&[31, 33, 17, 16, 15, 3], 23, 11),
+            (&[17, 16, 32, 100], 130, 64),
+            (&[70, 96, 130, 10], 60, 60),
+            (&[300, 256, 200, 10], 128, 128),
+        ];
+        for &(sizes, rows, batch) in shapes {
+            for momentum in [0.0, 0.9] {
+                let expected = trained(sizes, rows, batch, momentum);
+                for arch in lesser() {
+                    *PRETENDED.write().unwrap() = Some(arch);
+                    let got = trained(sizes, rows, batch, momentum);
+                    *PRETENDED.write().unwrap_or_else(PoisonError::into_inner) = None;
+                    assert!(got == expected, "{sizes:?}, {rows} rows, {arch:?}");
+                }
+            }
+        }
+    }
 }
