@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Cursor, Read};
 use std::sync::Arc;
 
-use protocol::federation::Event;
+use protocol::federation::{Event, REVERT_MAX};
 use protocol::ids::{Hash, RunId, TaskId};
 use protocol::layout::model_hasher;
 use protocol::limits::{MODEL_BYTES_MAX, PAYLOAD_AT_ONCE_BYTES_MAX, SCHEMA_BYTES_MAX};
@@ -557,10 +557,13 @@ impl RunStore {
         Ok(bytes.into())
     }
 
-    /// The newest model that is whole; and its round, if a newer one is not.
+    /// The newest model that is whole; and its round, if a newer one is not. One that is too old is of no use: the rounds since
+    /// could not be made again.
     fn newest_model(&self, warnings: &mut Vec<StoreError>) -> Result<(Option<ModelState>, Option<u32>), StoreError> {
+        let newest = self.index.models.last_key_value().map_or(0, |(round, _)| *round);
+        let is_near = |round: u32| (newest - round) as usize <= REVERT_MAX;
         let mut damaged = false;
-        for (round, model) in self.index.models.iter().rev() {
+        for (round, model) in self.index.models.iter().rev().take_while(|(round, _)| is_near(**round)) {
             match self.model(*round, model) {
                 Ok(state) => return Ok((Some(state), damaged.then_some(*round))),
                 Err(ModelError::Disk(error)) => return Err(error),
@@ -1247,6 +1250,30 @@ mod tests {
             beside.put("journal-000001", &torn);
             let loaded = open(&beside).unwrap_or_else(|error| panic!("torn at {at}: {error}"));
             assert_eq!((loaded.state.is_some(), loaded.whole), (loaded.events.len() == 2, None), "torn at {at}");
+        }
+    }
+
+    #[test]
+    fn a_model_that_is_too_old_to_go_on_with_is_none() {
+        // A part for each commit: besides the first model's file only two models stay.
+        let limits = Limits { part_bytes: 100, ..SMALL };
+        let open = |disk: &TestDisk| RunStore::open_with(Box::new(disk.clone()), RUN, Some(PLAN), clock, limits);
+        for rounds in 1..6 {
+            let mut disk = TestDisk::default();
+            let mut script = Script { store: open(&disk).unwrap().store, appended: Vec::new(), synced: 0 };
+            script.rounds(&mut disk, rounds, 500).unwrap();
+            for name in names(&disk, JOURNAL) {
+                let bytes = disk.content(&name);
+                let is_model = |at: &usize| bytes[*at] != 0 && bytes[*at..at + 100].windows(2).all(|w| w[0] == w[1]);
+                (0..bytes.len().saturating_sub(100)).filter(is_model).for_each(|at| disk.flip(&name, at + 50, 1));
+            }
+            match open(&disk) {
+                Ok(loaded) => {
+                    assert_eq!((loaded.whole, loaded.state), (Some(0), Some(model(0, 500))), "{rounds} rounds")
+                }
+                Err(error) => assert!(matches!(error, StoreError::NoModel) && rounds > 2, "{rounds} rounds: {error}"),
+            }
+            assert_eq!(open(&disk).is_ok(), rounds <= 2, "{rounds} rounds");
         }
     }
 
