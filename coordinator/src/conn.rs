@@ -331,13 +331,14 @@ impl Door {
         let (answer, established) = responder.reply(ephemeral()?, &[])?;
         send.write_frame(&Frame::Handshake(answer.into())).await?;
         let (session, sealer, opener) = Session::begin(established);
+        let conn = ConnId(self.count.fetch_add(1, Ordering::Relaxed));
         let mut control = ControlReader::new(receive, opener, Arc::clone(self));
         let instance = match control.next().await? {
             Some(FromWorker::Join { instance }) => instance,
             Some(_) => return Err(GreetingError::OutOfTurn { expected: "Join", got: "another message".to_owned() }),
             None => return Err(ReadError::Ended.into()),
         };
-        Ok(Greeted { worker, instance, session, send, sealer, control })
+        Ok(Greeted { conn, worker, instance, session, send, sealer, control })
     }
 
     /// The registry entry that certificate and session key belong to, both.
@@ -358,8 +359,7 @@ impl Door {
 
     /// Everything after the first sealed word, in tasks of its own: the one that shook hands is large, and ends here.
     async fn keep(self: Arc<Self>, connection: Connection, greeted: Greeted) {
-        let conn = ConnId(self.count.fetch_add(1, Ordering::Relaxed));
-        let Greeted { worker, instance, session, send, sealer, control } = greeted;
+        let Greeted { conn, worker, instance, session, send, sealer, control } = greeted;
         let session = Arc::new(Mutex::new(session));
         let (sayings, queue) = mpsc::channel(SAYINGS_MAX);
         let link = connection.clone();
@@ -451,6 +451,7 @@ impl GreetingError {
 
 /// A worker that has said its first sealed word.
 struct Greeted {
+    conn: ConnId,
     worker: Worker,
     instance: Instance,
     session: Session,

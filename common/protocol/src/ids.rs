@@ -153,7 +153,8 @@ impl fmt::Debug for TaskId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Instance(pub u64);
 
-/// One connection of one worker, as the coordinator's shell counts them. Never used again within a process.
+/// One connection of one worker, as the coordinator's shell counts them, in the order in which their peers have proved who
+/// they are. Never used again within a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnId(pub u64);
 

@@ -346,14 +346,19 @@ impl Federation {
         if self.volatile.sessions.contains_key(&conn) {
             return self.misbehaved(conn, "it joined twice".to_owned());
         }
-        if let Some(&older) = self.volatile.by_worker.get(&session.worker) {
+        if let Some(&other) = self.volatile.by_worker.get(&session.worker) {
+            // What was said on the older connection may come after all that was said on the newer one.
+            let older = other.min(conn);
             // The same process on a new connection has not been displaced, and must not be told so on the old one.
-            if self.volatile.sessions.get(&older).is_some_and(|old| old.instance == session.instance) {
-                self.eject(older, Gone::Disconnected);
-            } else {
+            let is_same = self.volatile.sessions.get(&other).is_some_and(|there| there.instance == session.instance);
+            let why = if is_same { Gone::Disconnected } else { Gone::Displaced };
+            if !is_same {
                 self.send(older, ToWorker::Displaced);
-                self.eject(older, Gone::Displaced);
             }
+            if older == conn {
+                return self.act(Act::Close { conn, why });
+            }
+            self.eject(older, why);
         }
         self.volatile.by_worker.insert(session.worker, conn);
         self.volatile.fleet_changed = true;

@@ -616,6 +616,20 @@ fn a_process_that_comes_back_before_its_old_connection_ends_is_not_displaced() {
 }
 
 #[test]
+fn what_a_dead_process_said_before_does_not_displace_the_one_that_came_after_it() {
+    for (instance, displaced) in [(Instance(900), true), (Instance(1), false)] {
+        let mut fleet = Fleet::new(plan(2, 1), 2);
+        fleet.run_until(|fleet| fleet.stage() == Stage::Training);
+        let (worker, name) = (fleet.workers[0].id, fleet.workers[0].name.clone());
+        // Older than any that is there.
+        fleet.inject(Input::Joined { conn: ConnId(0), worker, name, weight_max: 1 << 20, instance });
+        assert_eq!(fleet.said(|m| *m == ToWorker::Displaced), displaced, "on its own connection");
+        assert!(!fleet.noticed(|n| matches!(n, Notice::Gone { .. })), "nobody who was in is gone");
+        fleet.run_to_end();
+    }
+}
+
+#[test]
 fn an_idle_session_of_a_day_ends_once_and_begins_anew() {
     let mut fleet = Fleet::new(plan(2, 1), 1);
     fleet.run_for(secs(25 * 3600));
