@@ -240,6 +240,10 @@ impl Began {
         for (task, hash) in lost {
             machine.handle(Time(0), Input::Lost { task, hash });
         }
+        // Without a live coordinator, or by one that died before it wrote that down.
+        for worker in self.registrar.workers().into_iter().filter(|worker| worker.revoked) {
+            machine.handle(Time(0), Input::Revoked { worker: worker.id });
+        }
         self.telemetry.metrics.state_bytes.set(lossy(store.bytes_on_disk()));
         let durable = plan.rounds.durability == Durability::Update;
         let (workshop, done) = Workshop::new(plan, store, self.model_dir, schema, state, self.telemetry.clone())?;

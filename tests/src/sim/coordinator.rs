@@ -175,6 +175,9 @@ impl World {
         for (task, hash) in lost {
             self.tell_core(self.life, Input::Lost { task, hash });
         }
+        for worker in self.revoked.clone() {
+            self.tell_core(self.life, Input::Revoked { worker });
+        }
         let Some(coordinator) = &self.coordinator else { return };
         let (named, present) = (coordinator.core.machine().summary().model, coordinator.workshop.model());
         if named != present {

@@ -53,6 +53,8 @@ struct Volatile {
     sessions: BTreeMap<ConnId, Session>,
     /// The live connection of each worker that has one.
     by_worker: BTreeMap<WorkerId, ConnId>,
+    /// Those who parted while a round was made again: what they have open of the round after it is withdrawn then.
+    parted: BTreeSet<WorkerId>,
     /// How many sessions are ready: whoever comes is told of, and must not cost a look at everybody.
     ready: usize,
     outputs: VecDeque<Output>,
@@ -361,6 +363,7 @@ impl Federation {
             self.eject(older, why);
         }
         self.volatile.by_worker.insert(session.worker, conn);
+        self.volatile.parted.remove(&session.worker);
         self.volatile.fleet_changed = true;
         self.notice(Notice::Joined { name: session.name.clone() });
         self.volatile.sessions.insert(conn, session);

@@ -311,6 +311,7 @@ impl Federation {
     /// Withdraws the open task of a worker that left for good. What a final set of updates needs cannot be withdrawn.
     pub(super) fn withdraw_of(&mut self, worker: WorkerId) {
         if matches!(self.durable.phase, super::Phase::Committing(_)) {
+            self.volatile.parted.insert(worker);
             return;
         }
         let open: Vec<TaskId> =

@@ -389,6 +389,9 @@ impl Federation {
                 self.volatile.stepping = false;
                 self.volatile.folded.clear();
                 self.receipt_again(round);
+                for worker in core::mem::take(&mut self.volatile.parted) {
+                    self.withdraw_of(worker);
+                }
                 if let Phase::Finished(evaluation) = self.durable.phase {
                     self.tell_of_the_end(evaluation);
                 }
@@ -419,6 +422,7 @@ impl Federation {
         let entries: Vec<Entry> =
             held.map(|(task, t, update)| Entry { task, worker: t.worker, hash: update.hash }).collect();
         self.emit(Event::Committed { entries: entries.clone(), figures: Box::new(figures) });
+        self.volatile.parted.clear();
         for entry in entries {
             let Some(&conn) = self.volatile.by_worker.get(&entry.worker) else { continue };
             let Entry { task, worker, hash } = entry;

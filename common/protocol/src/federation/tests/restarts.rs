@@ -161,6 +161,27 @@ fn a_coordinator_that_dies_while_it_makes_models_again_goes_on_with_that() {
 }
 
 #[test]
+fn who_is_revoked_while_models_are_made_again_is_not_waited_for_afterwards() {
+    let mut fleet = Fleet::new(with(plan(3, 4), |p| p.rounds.quorum = 0.6), 3);
+    let worker = fleet.workers[0].id;
+    fleet.run_until(|fleet| fleet.rounds() == 1 && fleet.stage() == Stage::Training);
+    fleet.kill_coordinator();
+    (fleet.damaged, fleet.step_time) = (1, secs(5));
+    fleet.start_coordinator();
+    fleet.run_for(secs(3));
+    assert_eq!(fleet.stage(), Stage::Committing);
+    fleet.inject(Input::Revoked { worker });
+    let withdrawn = |e: &Event| matches!(e, Event::Withdrawn { why: Withdrawal::Left, .. });
+    let before = fleet.facts(withdrawn);
+    fleet.kill(0);
+    fleet.run_until(|fleet| fleet.facts(|e| matches!(e, Event::Redone { .. })) == 1);
+    assert_eq!(fleet.facts(withdrawn), before + 1);
+    let began = fleet.now();
+    fleet.run_until(|fleet| fleet.rounds() == 2);
+    assert!(fleet.now() - began < secs(100), "{:?}", fleet.now() - began);
+}
+
+#[test]
 fn who_came_back_while_models_were_made_again_is_then_given_its_open_task() {
     let mut fleet = Fleet::new(exact(3, 4), 3);
     fleet.run_until(|fleet| fleet.rounds() == 2 && fleet.stage() == Stage::Training);
