@@ -16,9 +16,9 @@ use std::arch::x86_64::_MM_HINT_T0;
 use std::ops::Range;
 
 use protocol::pages::Numbers;
-use pulp::{Arch, Scalar512b, Simd, WithSimd, bytemuck};
+use pulp::{Arch, Scalar512b, Simd, WithSimd};
 #[cfg(target_arch = "x86_64")]
-use pulp::{NullaryFnOnce, core_arch::x86::Sse, f32x16, x86::V4};
+use pulp::{NullaryFnOnce, bytemuck, core_arch::x86::Sse, f32x16, x86::V4};
 
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 32;
@@ -984,11 +984,12 @@ mod tests {
     pub(super) static PRETENDED: RwLock<Option<Arch>> = RwLock::new(None);
 
     /// What this CPU may pretend to have, besides what it has.
-    fn lesser() -> Vec<Arch> {
-        let mut lesser = vec![Arch::Scalar];
+    fn lesser() -> impl Iterator<Item = Arch> {
         #[cfg(target_arch = "x86_64")]
-        lesser.extend(pulp::x86::V3::try_new().map(Arch::V3));
-        lesser
+        let with_avx2 = pulp::x86::V3::try_new().map(Arch::V3);
+        #[cfg(not(target_arch = "x86_64"))]
+        let with_avx2 = None;
+        [Some(Arch::Scalar), with_avx2].into_iter().flatten()
     }
 
     /// The bits of the weights after some steps between made-up rows and targets.

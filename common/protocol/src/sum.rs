@@ -818,6 +818,7 @@ fn add_rounded(cells: &mut [u64], numbers: &[[u8; 4]], scale: f64) {
 const FOLD_STEP: usize = 32;
 
 /// How far ahead, in cells. A processor's own prefetcher ends at each page of 4 KiB; this crosses it.
+#[cfg(target_arch = "x86_64")]
 const PREFETCH_AHEAD: usize = 256;
 
 /// Asks for the cache lines [`PREFETCH_AHEAD`] cells on from `cells`: without it a fold takes a fifth longer.
